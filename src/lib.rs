@@ -1,0 +1,8 @@
+//! ctlfs mounts replicated configuration as files.
+
+#![warn(missing_docs)]
+
+pub mod ledger;
+pub mod model;
+pub mod reflector;
+pub mod status;

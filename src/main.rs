@@ -1,0 +1,2 @@
+//! The `ctlfs` program.
+fn main() {}

@@ -1,0 +1,83 @@
+//! Positions in the ledger and the times of its entries.
+
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// A sequence number of the ledger. Zero stands before its first entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Seq(u64);
+
+impl Seq {
+    /// The position before the first entry.
+    pub const ZERO: Seq = Seq(0);
+
+    /// A sequence number from its value.
+    pub const fn new(value: u64) -> Self {
+        Seq(value)
+    }
+
+    /// The number itself.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The number as SQL stores it. Sequences fit: SQL's own columns are signed.
+    pub fn to_sql(self) -> i64 {
+        i64::try_from(self.0).unwrap_or(i64::MAX)
+    }
+
+    /// Reads SQL's value; negative ones, which no ledger hands out, count as zero.
+    pub fn from_sql(value: i64) -> Self {
+        Seq(u64::try_from(value).unwrap_or(0))
+    }
+
+    /// The sequence right behind this one.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Seq(self.0.saturating_add(1))
+    }
+}
+
+impl fmt::Display for Seq {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The time of a ledger entry: microseconds since the Unix epoch, UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct LedgerTime(i64);
+
+impl LedgerTime {
+    /// A time from microseconds since the Unix epoch.
+    pub const fn from_micros(micros: i64) -> Self {
+        LedgerTime(micros)
+    }
+
+    /// Microseconds since the Unix epoch.
+    pub const fn micros(self) -> i64 {
+        self.0
+    }
+}
+
+impl From<LedgerTime> for SystemTime {
+    fn from(time: LedgerTime) -> SystemTime {
+        let distance = Duration::from_micros(time.0.unsigned_abs());
+        let moved = if time.0 >= 0 {
+            UNIX_EPOCH.checked_add(distance)
+        } else {
+            UNIX_EPOCH.checked_sub(distance)
+        };
+        moved.unwrap_or(UNIX_EPOCH)
+    }
+}
+
+impl From<SystemTime> for LedgerTime {
+    fn from(time: SystemTime) -> LedgerTime {
+        let micros = match time.duration_since(UNIX_EPOCH) {
+            Ok(after) => i64::try_from(after.as_micros()).unwrap_or(i64::MAX),
+            Err(before) => i64::try_from(before.duration().as_micros()).map_or(i64::MIN, |m| -m),
+        };
+        LedgerTime(micros)
+    }
+}
