@@ -2,7 +2,11 @@
 
 #![warn(missing_docs)]
 
+pub mod cli;
+pub mod config;
+pub mod daemon;
 pub mod ledger;
 pub mod model;
 pub mod reflector;
 pub mod status;
+mod stubs;

@@ -1,0 +1,127 @@
+//! `ctlfs unmount`: takes a ctlfs mount away and waits until its daemon is gone.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, ValueHint};
+
+use super::Error;
+use crate::daemon::{self, MountpointError};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Unmount a ctlfs mount.
+///
+/// Waits until the daemon has ended, so that nothing is left. Also removes what a killed daemon
+/// left mounted. Programs that hold files of the tree open do not prevent it: the tree goes away
+/// for everybody else at once, and they may get errors from then on. Refuses anything that is not a
+/// ctlfs mount.
+#[derive(Args)]
+#[command(verbatim_doc_comment, visible_alias = "umount")]
+#[command(after_help = "Example:\n  ctlfs unmount /ctl")]
+pub struct UnmountArgs {
+    /// Where ctlfs is mounted.
+    #[arg(value_name = "MOUNTPOINT", value_hint = ValueHint::DirPath)]
+    mountpoint: PathBuf,
+}
+
+/// Runs the command.
+pub fn run(args: UnmountArgs) -> Result<(), Error> {
+    let failed = |reason| MountpointError::System {
+        what: "unmount",
+        path: args.mountpoint.clone(),
+        reason,
+    };
+    let path = daemon::resolve(&args.mountpoint)
+        .map_err(failed)
+        .map_err(Error::failed)?;
+    let mount = daemon::mount_at(&path)
+        .map_err(failed)
+        .map_err(Error::failed)?
+        .filter(daemon::Mount::is_ctlfs)
+        .ok_or_else(|| Error::failed(MountpointError::NotOurs(path.clone())))?;
+
+    let pid = if daemon::is_stale(&path) {
+        None
+    } else {
+        daemon::daemon_pid(&path)
+    };
+    // The number alone may belong to another process by the time we look again.
+    let daemon = pid.and_then(|pid| Some((pid, started(pid)?)));
+
+    match daemon::detach(&path, false) {
+        Ok(()) => {}
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            let _ = writeln!(
+                io::stderr(),
+                "ctlfs: {} is in use; it is gone from the tree, and from its users when they \
+                 close it",
+                path.display()
+            );
+            detach_lazily(&path).map_err(Error::failed)?;
+        }
+        // Somebody else was faster.
+        Err(_) if !daemon::is_mounted(mount.id) => {}
+        Err(error) => detach_after(error, &path).map_err(Error::failed)?,
+    }
+
+    if let Some((pid, since)) = daemon
+        && !daemon::wait_until(DEADLINE, || started(pid) != Some(since))
+    {
+        return Err(Error::failed(format!(
+            "{} is unmounted, but its daemon (pid {pid}) has not ended within {} s; end it with \
+             'kill {pid}'",
+            path.display(),
+            DEADLINE.as_secs()
+        )));
+    }
+    Ok(())
+}
+
+fn detach_lazily(path: &Path) -> Result<(), MountpointError> {
+    daemon::detach(path, true).map_err(|reason| MountpointError::System {
+        what: "unmount",
+        path: path.to_owned(),
+        reason,
+    })
+}
+
+/// A dead mount can refuse an ordinary unmount with other errors than "busy".
+fn detach_after(error: io::Error, path: &Path) -> Result<(), MountpointError> {
+    if daemon::is_stale(path) {
+        detach_lazily(path)
+    } else {
+        Err(MountpointError::System {
+            what: "unmount",
+            path: path.to_owned(),
+            reason: error,
+        })
+    }
+}
+
+/// When the process started, in the kernel's ticks; `None` when there is none, or only a zombie.
+fn started(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, can hold anything.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut words = rest.split(' ');
+    if matches!(words.next()?, "Z" | "X") {
+        return None;
+    }
+    // Field 22; the state is field 3.
+    words.nth(18)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_are_told_apart_by_their_start() {
+        let own = started(std::process::id()).unwrap();
+        assert!(own > 0);
+        assert_eq!(started(u32::MAX), None);
+    }
+}
