@@ -299,6 +299,8 @@ pub fn render_json(
 /// A time as text; `None` outside the years 1970 to 9999, which the format cannot show.
 fn rfc3339(time: SystemTime) -> Option<String> {
     use std::fmt::Write;
+    // humantime panics at earlier ones.
+    time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
     let mut text = String::new();
     write!(text, "{}", humantime::format_rfc3339_micros(time)).ok()?;
     Some(text)

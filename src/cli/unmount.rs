@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,6 +12,8 @@ use super::Error;
 use crate::daemon::{self, MountpointError};
 
 const DEADLINE: Duration = Duration::from_secs(10);
+/// How long a daemon gets to notice by itself that nobody uses its mount any more.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Unmount a ctlfs mount.
 ///
@@ -43,21 +46,20 @@ pub fn run(args: UnmountArgs) -> Result<(), Error> {
         .filter(daemon::Mount::is_ctlfs)
         .ok_or_else(|| Error::failed(MountpointError::NotOurs(path.clone())))?;
 
-    let pid = if daemon::is_stale(&path) {
+    let daemon = if daemon::is_stale(&path) {
         None
     } else {
-        daemon::daemon_pid(&path)
+        daemon::daemon_pid(&path).and_then(|pid| Process::new(pid, mount.user?))
     };
-    // The number alone may belong to another process by the time we look again.
-    let daemon = pid.and_then(|pid| Some((pid, started(pid)?)));
 
+    let mut busy = false;
     match daemon::detach(&path, false) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            busy = true;
             let _ = writeln!(
                 io::stderr(),
-                "ctlfs: {} is in use; it is gone from the tree, and from its users when they \
-                 close it",
+                "ctlfs: {} is in use; unmounting it all the same",
                 path.display()
             );
             detach_lazily(&path).map_err(Error::failed)?;
@@ -66,18 +68,30 @@ pub fn run(args: UnmountArgs) -> Result<(), Error> {
         Err(_) if !daemon::is_mounted(mount.id) => {}
         Err(error) => detach_after(error, &path).map_err(Error::failed)?,
     }
-
-    if let Some((pid, since)) = daemon
-        && !daemon::wait_until(DEADLINE, || started(pid) != Some(since))
-    {
-        return Err(Error::failed(format!(
-            "{} is unmounted, but its daemon (pid {pid}) has not ended within {} s; end it with \
-             'kill {pid}'",
-            path.display(),
-            DEADLINE.as_secs()
-        )));
+    match daemon {
+        Some(daemon) => wait_for(&daemon, busy, &path),
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// A daemon ends by itself once nobody uses its mount. Open files and other mount namespaces can
+/// put that off, so it is told in the end.
+fn wait_for(daemon: &Process, busy: bool, path: &Path) -> Result<(), Error> {
+    let patience = if busy { Duration::ZERO } else { PATIENCE };
+    if daemon::wait_until(patience, || !daemon.lives()) {
+        return Ok(());
+    }
+    daemon.terminate();
+    if daemon::wait_until(DEADLINE, || !daemon.lives()) {
+        return Ok(());
+    }
+    Err(Error::failed(format!(
+        "{} is unmounted, but its daemon (pid {pid}) has not ended within {} s; end it with \
+         'kill -9 {pid}'",
+        path.display(),
+        DEADLINE.as_secs(),
+        pid = daemon.pid,
+    )))
 }
 
 fn detach_lazily(path: &Path) -> Result<(), MountpointError> {
@@ -98,6 +112,37 @@ fn detach_after(error: io::Error, path: &Path) -> Result<(), MountpointError> {
             path: path.to_owned(),
             reason: error,
         })
+    }
+}
+
+/// A process, told apart from a later one with the same number by when it started.
+struct Process {
+    pid: u32,
+    started: u64,
+}
+
+impl Process {
+    /// The process `pid`, if it is `user`'s. The number comes from the mount, and whoever serves
+    /// that must not be able to name somebody else's process.
+    fn new(pid: u32, user: u32) -> Option<Self> {
+        let owner = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
+        let started = started(pid)?;
+        (owner == user).then_some(Process { pid, started })
+    }
+
+    fn lives(&self) -> bool {
+        started(self.pid) == Some(self.started)
+    }
+
+    fn terminate(&self) {
+        if let Ok(pid) = libc::pid_t::try_from(self.pid)
+            && self.lives()
+        {
+            // SAFETY: kill takes no pointers; the process was seen to be ours a moment ago.
+            unsafe {
+                libc::kill(pid, libc::SIGTERM);
+            }
+        }
     }
 }
 
@@ -123,5 +168,6 @@ mod tests {
         let own = started(std::process::id()).unwrap();
         assert!(own > 0);
         assert_eq!(started(u32::MAX), None);
+        assert!(Process::new(1, 12345).is_none(), "somebody else's");
     }
 }

@@ -7,21 +7,22 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Mutex;
 
+use tracing_log::log;
 use tracing_subscriber::EnvFilter;
 
 use super::background;
 
 /// A log this large is set aside at the next start.
 const ROTATE_AT: u64 = 8 << 20;
-/// What the libraries may say that write through `log`.
-const LIBRARIES: &str = "fuser=warn,mysql_async=warn,rustls=warn,tokio=warn,mio=warn";
+/// Libraries that write through `tracing` themselves get no further than this.
+const QUIET: &str = "tokio=warn,mio=warn";
 
 /// Logs to `file`, or to standard error. `level` is a level or a filter of `tracing`'s.
 ///
 /// With a file, standard error goes there as well when `take_stderr`: a panic's message has no
 /// other way out of a daemon.
 pub(crate) fn init(file: Option<&Path>, level: &str, take_stderr: bool) -> io::Result<()> {
-    let filter = EnvFilter::try_new(format!("{LIBRARIES},{level}"))
+    let filter = EnvFilter::try_new(format!("{QUIET},{level}"))
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -41,11 +42,36 @@ pub(crate) fn init(file: Option<&Path>, level: &str, take_stderr: bool) -> io::R
     };
     if installed {
         // Taken already means that it was taken by an earlier start in this process.
-        let _ = tracing_log::LogTracer::builder()
-            .with_max_level(tracing_log::log::LevelFilter::Warn)
-            .init();
+        if log::set_logger(&Libraries).is_ok() {
+            log::set_max_level(log::LevelFilter::Warn);
+        }
     }
     Ok(())
+}
+
+/// Hands on what fuser, mysql_async and others say through `log`, as one line each. Debug records
+/// of theirs can hold statements, so nothing below a warning passes.
+struct Libraries;
+
+impl log::Log for Libraries {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let text = record.args().to_string();
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        if record.level() == log::Level::Error {
+            tracing::error!("{}: {text}", record.target());
+        } else {
+            tracing::warn!("{}: {text}", record.target());
+        }
+    }
+
+    fn flush(&self) {}
 }
 
 fn open(path: &Path) -> io::Result<File> {

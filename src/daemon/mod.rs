@@ -216,8 +216,6 @@ enum Feed {
     Reflected {
         ldb: wiring::Ldb,
         origin: Box<dyn Origin>,
-        /// Whether the LDB holds nothing yet.
-        fresh: bool,
         poll_interval: Duration,
     },
     Foreign(PathBuf),
@@ -239,9 +237,8 @@ impl Feed {
             }
             Follow::Origin { url, poll_interval } => {
                 let ldb = wiring::open_ldb(state.join("ldb.db"))?;
-                let fresh = ldb.seq == Seq::ZERO;
                 let mut origin = wiring::open_origin(url)?;
-                if fresh {
+                if start_of(&ldb) == Start::Empty {
                     // Without config of its own a mount would only hide a wrong URL.
                     let last = origin.last_seq()?;
                     tracing::info!(origin = %origin.describe(), ?last, "reached the origin");
@@ -252,11 +249,29 @@ impl Feed {
                 Ok(Feed::Reflected {
                     ldb,
                     origin,
-                    fresh,
                     poll_interval: *poll_interval,
                 })
             }
         }
+    }
+}
+
+/// How much config there was before this start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    /// None: without the origin there is nothing to show.
+    Empty,
+    /// A first catch-up was begun and not finished.
+    Partial,
+    /// Everything that the ledger once had.
+    Whole,
+}
+
+fn start_of(ldb: &wiring::Ldb) -> Start {
+    match (ldb.ready, ldb.seq) {
+        (true, _) => Start::Whole,
+        (false, Seq::ZERO) => Start::Empty,
+        (false, _) => Start::Partial,
     }
 }
 
@@ -267,7 +282,7 @@ struct Live {
     id: Option<u64>,
     unmounter: wiring::Unmounter,
     reflector: Option<wiring::Running>,
-    fresh: bool,
+    start: Start,
 }
 
 impl Live {
@@ -298,21 +313,20 @@ impl Live {
                 .map(|mount| mount.id),
             unmounter: mounted.unmounter(),
             reflector: None,
-            fresh: false,
+            start: Start::Whole,
         };
         if let Feed::Reflected {
             ldb,
             origin,
-            fresh,
             poll_interval,
         } = feed
         {
+            live.start = start_of(&ldb);
             let events = events.clone();
             let running = wiring::reflect(origin, ldb, &mounted, board, poll_interval, move || {
                 let _ = events.send(Event::ReflectorEnded);
             })?;
             live.reflector = Some(running);
-            live.fresh = fresh;
         }
         let events = events.clone();
         thread::Builder::new()
@@ -324,8 +338,8 @@ impl Live {
         Ok(live)
     }
 
-    /// Waits until there is something to read: with an LDB that was empty, the first catch-up;
-    /// otherwise just long enough to say whether the origin is there. Gives the event that ended
+    /// Waits until there is something to read: with an LDB that was never whole, the first
+    /// catch-up; otherwise just long enough to say whether the origin is there. Gives the event that ended
     /// the daemon, if one did.
     fn start(
         &self,
@@ -343,25 +357,25 @@ impl Live {
             if let Some(problem) = progress.problem.filter(|_| !warned) {
                 warned = true;
                 reporter.warn(&problem.reason);
-                // A first catch-up goes on when the origin comes back; anything else waits for a
-                // person, and what there is can be read meanwhile.
-                if !self.fresh || problem.kind != ProblemKind::Origin {
+                // An empty tree is worth waiting for the origin to come back. Anything else waits
+                // for a person, and what there is can be read meanwhile.
+                if self.start != Start::Empty || problem.kind != ProblemKind::Origin {
                     return None;
                 }
             }
-            let done = if self.fresh {
-                progress.caught_up.is_some()
-            } else {
-                progress.last_contact.is_some()
+            let done = match self.start {
+                Start::Empty | Start::Partial => progress.caught_up.is_some(),
+                Start::Whole => progress.last_contact.is_some(),
             };
             if done {
                 return None;
             }
-            if !self.fresh && began.elapsed() > FIRST_CONTACT {
+            let silent = self.start != Start::Empty && progress.last_contact.is_none();
+            if silent && began.elapsed() > FIRST_CONTACT {
                 reporter.warn("the origin has not answered yet; showing what was there before");
                 return None;
             }
-            if self.fresh && said.elapsed() >= Duration::from_secs(1) {
+            if self.start != Start::Whole && said.elapsed() >= Duration::from_secs(1) {
                 said = Instant::now();
                 if let Some(last) = progress.origin_last {
                     reporter.progress(&format!(

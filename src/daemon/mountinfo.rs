@@ -22,6 +22,8 @@ pub(crate) struct Mount {
     pub(crate) kind: String,
     /// What was mounted: for ctlfs, its name.
     pub(crate) source: String,
+    /// For FUSE, the user who mounted it.
+    pub(crate) user: Option<u32>,
 }
 
 impl Mount {
@@ -65,11 +67,17 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut rest = words.skip_while(|w| *w != b"-").skip(1);
     let kind = String::from_utf8_lossy(rest.next()?).into_owned();
     let source = rest.next().map(unescape).unwrap_or_default();
+    let user = rest
+        .next()
+        .and_then(|options| std::str::from_utf8(options).ok())
+        .and_then(|options| options.split(',').find_map(|o| o.strip_prefix("user_id=")))
+        .and_then(|user| user.parse().ok());
     Some(Mount {
         id,
         target: PathBuf::from(target),
         kind,
         source: source.to_string_lossy().into_owned(),
+        user,
     })
 }
 
@@ -117,7 +125,7 @@ mod tests {
     use super::*;
 
     const SAMPLE: &[u8] = b"22 27 0:21 / /proc rw,relatime - proc proc rw\n\
-        90 27 0:50 / /srv/with\\040space\\134x rw,nosuid shared:7 master:2 - fuse ctlfs rw,user_id=0\n\
+        90 27 0:50 / /srv/with\\040space\\134x rw,nosuid shared:7 master:2 - fuse ctlfs rw,user_id=7,group_id=0\n\
         91 27 0:51 / /ctl rw - ext4 /dev/sda1 rw\n\
         92 91 0:52 / /ctl rw - fuse.ctlfs ctlfs rw\n\
         93 27 0:53 / /s3 rw - fuse s3fs rw\n\
@@ -132,6 +140,7 @@ mod tests {
         assert_eq!(odd.target, Path::new("/srv/with space\\x"));
         assert_eq!((odd.id, odd.kind.as_str()), (90, "fuse"));
         assert!(odd.is_ctlfs());
+        assert_eq!((odd.user, mounts[0].user), (Some(7), None));
         assert!(!mounts[4].is_ctlfs());
     }
 

@@ -76,14 +76,23 @@ pub(crate) fn prepare_embedded(file: &Path, sample: Option<&str>) -> Result<bool
 pub(super) struct Ldb {
     writer: LdbWriter,
     pub(super) path: PathBuf,
+    /// Its position.
     pub(super) seq: Seq,
+    /// Whether it has ever held everything that its ledger had.
+    pub(super) ready: bool,
 }
 
 /// Opens or creates the LDB in the state directory.
 pub(super) fn open_ldb(path: PathBuf) -> Result<Ldb, Error> {
     let writer = LdbWriter::open(&path).map_err(|error| Error::Ldb(error.to_string()))?;
     let seq = writer.seq();
-    Ok(Ldb { writer, path, seq })
+    let ready = writer.is_ready();
+    Ok(Ldb {
+        writer,
+        path,
+        seq,
+        ready,
+    })
 }
 
 /// Whether `path` can be read and begins like an SQLite database. What is in it is the mount's to

@@ -62,7 +62,7 @@ pub mod ldb {
         }
     }
 
-    pub struct LdbWriter;
+    pub struct LdbWriter(bool);
 
     impl LdbWriter {
         pub fn open(path: &Path) -> Result<Self, LdbError> {
@@ -70,12 +70,16 @@ pub mod ldb {
                 .append(true)
                 .create(true)
                 .open(path)
-                .map(|_| LdbWriter)
+                .map(|f| LdbWriter(f.metadata().unwrap().len() > 0))
                 .map_err(|e| LdbError(format!("cannot open the LDB {}: {e}", path.display())))
         }
 
         pub fn seq(&self) -> Seq {
-            Seq::ZERO
+            Seq::new(u64::from(self.0))
+        }
+
+        pub fn is_ready(&self) -> bool {
+            self.0
         }
     }
 }
