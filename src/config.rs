@@ -80,7 +80,9 @@ pub enum ConfigError {
     #[error("{0:?} is not a size; write it like 512, 64KiB, 64MiB or 2GiB")]
     Size(String),
     /// A mount option that does not exist.
-    #[error("unknown mount option {0:?}; the options of -o are newline, allow_other, no_allow_other")]
+    #[error(
+        "unknown mount option {0:?}; the options of -o are newline, allow_other, no_allow_other"
+    )]
     Option(String),
     /// The tree cannot be written.
     #[error("mount option \"rw\" is not possible: the tree is read-only")]
@@ -291,9 +293,15 @@ mod tests {
         let options = Options::parse(["newline,allow_other", "plain_open"]).unwrap();
         assert!(options.newline && options.plain_open);
         assert_eq!(options.allow_other, Some(true));
-        assert_eq!(Options::parse(["defaults,ro,", ""]).unwrap(), Options::default());
+        assert_eq!(
+            Options::parse(["defaults,ro,", ""]).unwrap(),
+            Options::default()
+        );
         let error = Options::parse(["newline,sync"]).unwrap_err().to_string();
-        assert!(error.contains("\"sync\"") && error.contains("newline"), "{error}");
+        assert!(
+            error.contains("\"sync\"") && error.contains("newline"),
+            "{error}"
+        );
         assert!(Options::parse(["rw"]).is_err());
     }
 
@@ -305,7 +313,10 @@ mod tests {
         assert_eq!(of("/srv-app"), "srv\\x2dapp");
         assert_eq!(of("/.hidden/ü"), "\\x2ehidden-\\xc3\\xbc");
         assert_eq!(of("/"), "-");
-        let (a, b) = (format!("/{}/a", "x".repeat(300)), format!("/{}/b", "x".repeat(300)));
+        let (a, b) = (
+            format!("/{}/a", "x".repeat(300)),
+            format!("/{}/b", "x".repeat(300)),
+        );
         assert_ne!(of(&a), of(&b));
         assert!(of(&a).len() < 255);
         assert_eq!(

@@ -223,14 +223,28 @@ pub fn render_json(
         Follows::Origin {
             origin,
             poll_interval,
-        } => ("origin", Some(*origin), None, "poll_interval", *poll_interval, None),
+        } => (
+            "origin",
+            Some(*origin),
+            None,
+            "poll_interval",
+            *poll_interval,
+            None,
+        ),
         Follows::Ldb {
             file,
             check_interval,
             unreadable,
         } => {
             let file = file.to_string_lossy().into_owned();
-            ("ldb", None, Some(file), "check_interval", *check_interval, *unreadable)
+            (
+                "ldb",
+                None,
+                Some(file),
+                "check_interval",
+                *check_interval,
+                *unreadable,
+            )
         }
     };
     let foreign = ldb.is_some();
@@ -462,7 +476,10 @@ mod tests {
         };
         let status = render(None);
         assert_eq!(status["health"], "ok");
-        assert_eq!((&status["origin"], &status["ldb"]), (&Json::Null, &json!("/ldb.db")));
+        assert_eq!(
+            (&status["origin"], &status["ldb"]),
+            (&Json::Null, &json!("/ldb.db"))
+        );
         assert_eq!(status["check_interval"], "250ms");
         assert_eq!(status["behind"], Json::Null);
         let status = render(Some("permission denied"));

@@ -1,7 +1,14 @@
 //! The command line without a mount: help, usage, exit statuses, and the errors of a start.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub
+)]
 
-mod common;
+mod common {
+    pub mod daemon;
+}
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -33,7 +40,10 @@ fn help_teaches() {
     let help = run(["--help"]);
     assert_eq!(help.status.code(), Some(0));
     let text = stdout(&help);
-    let place = |word: &str| text.find(word).unwrap_or_else(|| panic!("no {word} in {text}"));
+    let place = |word: &str| {
+        text.find(word)
+            .unwrap_or_else(|| panic!("no {word} in {text}"))
+    };
     assert!(place("ctlfs dev") < place("ctlfs mount --origin"));
     for command in ["dev", "mount", "unmount", "status"] {
         let output = run([command, "--help"]);
@@ -52,7 +62,10 @@ fn help_teaches() {
 #[test]
 fn the_version_is_printed() {
     let output = run(["--version"]);
-    assert_eq!(stdout(&output), format!("ctlfs {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        stdout(&output),
+        format!("ctlfs {}\n", env!("CARGO_PKG_VERSION"))
+    );
 }
 
 #[test]
@@ -62,20 +75,49 @@ fn wrong_calls_exit_with_2() {
         &["no-such-command"],
         &["mount"],
         &["mount", "/ctl"],
-        &["mount", "--origin", "sqlite:///x", "--poll-interval", "0s", "/ctl"],
+        &[
+            "mount",
+            "--origin",
+            "sqlite:///x",
+            "--poll-interval",
+            "0s",
+            "/ctl",
+        ],
         &["mount", "--origin", "sqlite:///x", "--threads", "0", "/ctl"],
-        &["mount", "--origin", "sqlite:///x", "--log-level", "info=loud=no", "/ctl"],
+        &[
+            "mount",
+            "--origin",
+            "sqlite:///x",
+            "--log-level",
+            "info=loud=no",
+            "/ctl",
+        ],
         &["mount", "--origin", "sqlite:///x", "-o", "sync", "/ctl"],
         &["mount", "--origin", "sqlite:///x", "-o", "rw", "/ctl"],
         &["status"],
         &["dev", "--no-such-option", "/ctl"],
     ] {
         let output = run(args);
-        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
+        assert_eq!(
+            output.status.code(),
+            Some(2),
+            "{args:?}: {}",
+            stderr(&output)
+        );
         assert!(stdout(&output).is_empty(), "{args:?}");
     }
-    let said = stderr(&run(["mount", "--origin", "sqlite:///x", "-o", "newline,sync", "/ctl"]));
-    assert!(said.contains("\"sync\"") && said.contains("newline"), "{said}");
+    let said = stderr(&run([
+        "mount",
+        "--origin",
+        "sqlite:///x",
+        "-o",
+        "newline,sync",
+        "/ctl",
+    ]));
+    assert!(
+        said.contains("\"sync\"") && said.contains("newline"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -131,53 +173,45 @@ fn a_state_directory_in_use_is_refused() {
     assert!(error.contains("another ctlfs daemon (pid 4711)"), "{error}");
 }
 
-/// A ctlfs that runs as nobody. Root is needed to become nobody; the tests run as root.
-fn as_nobody() -> Command {
-    let program = ctlfs();
-    let mut command = Command::new("setpriv");
-    command
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(program.get_program())
+/// Runs `ctlfs mount` on a place as nobody, from a copy that nobody can reach. Only root can become
+/// nobody: run by anyone else, this fails rather than passes.
+fn mount_as_nobody(place: &Place) -> String {
+    let program = place.root().join("ctlfs");
+    if !program.exists() {
+        fs::set_permissions(place.root(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::copy(env!("CARGO_BIN_EXE_ctlfs"), &program).unwrap();
+    }
+    let output = Command::new("setpriv")
+        .args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}")])
+        .arg("--clear-groups")
+        .arg(&program)
+        .args(["mount", "--origin", &place.origin(), "--state"])
+        .arg(place.state())
+        .arg(place.mountpoint())
         .env_remove("CTLFS_ORIGIN")
-        .stdin(Stdio::null());
-    command
-}
-
-/// Cargo's target directory may be closed to nobody, so the program is put where nobody can run it.
-fn open_to_all(place: &Place) {
-    fs::set_permissions(place.root(), fs::Permissions::from_mode(0o755)).unwrap();
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(mounts_on(&place.mountpoint()).is_empty());
+    stderr(&output)
 }
 
 #[test]
 fn ordinary_users_hear_what_they_may_not() {
     let place = Place::new();
-    open_to_all(&place);
-    let program = place.root().join("ctlfs");
-    fs::copy(env!("CARGO_BIN_EXE_ctlfs"), &program).unwrap();
     fs::create_dir(place.state()).unwrap();
-
-    let mount = || {
-        let mut command = as_nobody();
-        let args: Vec<_> = command.get_args().take(3).map(ToOwned::to_owned).collect();
-        command = Command::new("setpriv");
-        command.args(args).arg(&program).stdin(Stdio::null());
-        let output = command
-            .args(["mount", "--origin", &place.origin(), "--state"])
-            .arg(place.state())
-            .arg(place.mountpoint())
-            .output()
-            .unwrap();
-        assert_eq!(output.status.code(), Some(1));
-        stderr(&output)
-    };
-    let said = mount();
+    let said = mount_as_nobody(&place);
     assert!(said.contains("cannot use the state directory"), "{said}");
     assert!(said.contains("Permission denied"), "{said}");
 
     chown(place.state(), Some(NOBODY), Some(NOBODY)).unwrap();
-    let said = mount();
+    let said = mount_as_nobody(&place);
     assert!(said.contains("cannot mount on"), "{said}");
-    assert!(said.contains("permission denied; give a directory that you own"), "{said}");
+    assert!(
+        said.contains("permission denied; give a directory that you own"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -212,7 +246,11 @@ fn what_is_not_mounted_is_no_mount() {
         assert_eq!(output.status.code(), Some(2));
         assert!(stderr(&output).contains("ctlfs is not mounted there"));
     }
-    let output = ctlfs().arg("unmount").arg(place.mountpoint()).output().unwrap();
+    let output = ctlfs()
+        .arg("unmount")
+        .arg(place.mountpoint())
+        .output()
+        .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("it is not a ctlfs mount"));
     let output = run(["unmount", "/proc"]);
@@ -258,9 +296,13 @@ fn a_password_does_not_stay_in_the_process_list() {
         wait_until("the daemon has its state directory", || {
             place.state().join("lock").exists() || !std::path::Path::new(&proc).exists()
         });
-        let cmdline = fs::read(format!("{proc}/cmdline")).unwrap_or_default();
+        let cmdline = fs::read(format!("{proc}/cmdline")).unwrap();
         let shown = String::from_utf8_lossy(&cmdline).replace('\0', " ");
-        assert!(!shown.contains("hunter2") && !shown.contains("--origin"), "{shown}");
+        assert!(shown.contains("mount"), "{shown}");
+        assert!(
+            !shown.contains("hunter2") && !shown.contains("--origin"),
+            "{shown}"
+        );
     }
 }
 

@@ -23,7 +23,9 @@ const SAMPLE: &str = include_str!("sample.yaml");
 /// command works with it as --origin sqlite:///…/ledger.db.
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
-#[command(after_help = "Examples:\n  ctlfs dev --sample ./ctl\n  ctlfs dev --state /tmp/state ./ctl")]
+#[command(
+    after_help = "Examples:\n  ctlfs dev --sample ./ctl\n  ctlfs dev --state /tmp/state ./ctl"
+)]
 pub struct DevArgs {
     /// Load sample data if the ledger is empty: flags, limits, routes, a certificate.
     #[arg(long)]
@@ -53,9 +55,7 @@ pub fn run(mut args: DevArgs) -> Result<(), Error> {
     daemon::block_signals().map_err(Error::failed)?;
     let directory = Directory::create(&args.mountpoint)?;
     let shown = args.mountpoint.clone();
-    let config = args
-        .common
-        .validated(args.mountpoint, follow, None, true)?;
+    let config = args.common.validated(args.mountpoint, follow, None, true)?;
     let ledger = prepare(&state, args.sample)?;
     let sampled = args.sample;
     let result = daemon::run(&config, &mut Reporter::Here, || {
@@ -97,7 +97,9 @@ struct Directory(Option<PathBuf>);
 impl Directory {
     fn create(path: &Path) -> Result<Self, Error> {
         match fs::create_dir(path) {
-            Ok(()) => Ok(Directory(Some(config::absolute(path).map_err(Error::failed)?))),
+            Ok(()) => Ok(Directory(Some(
+                config::absolute(path).map_err(Error::failed)?,
+            ))),
             // Whether it will do is checked when it is mounted.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Directory(None)),
             // A dead mount also "exists", but says so differently.
@@ -122,7 +124,11 @@ impl Drop for Directory {
 fn greeting(mountpoint: &Path, ledger: &Path, sampled: bool) -> String {
     let program = program();
     let tree = quoted(mountpoint.as_os_str());
-    let origin = quoted(&[OsStr::new("sqlite://"), ledger.as_os_str()].into_iter().collect::<OsString>());
+    let origin = quoted(
+        &[OsStr::new("sqlite://"), ledger.as_os_str()]
+            .into_iter()
+            .collect::<OsString>(),
+    );
     let row = "app/flags name=new-checkout enabled=0";
     let commands = if sampled {
         [
@@ -185,14 +191,26 @@ mod tests {
     #[test]
     fn the_greeting_has_four_commands() {
         let text = greeting(Path::new("./my ctl"), Path::new("/s/ledger.db"), true);
-        assert_eq!(text.lines().filter(|line| line.starts_with("  ")).count(), 4);
-        assert!(text.contains("cat './my ctl'/app/flags/new-checkout/enabled"), "{text}");
-        assert!(text.contains("put --origin sqlite:///s/ledger.db app/flags"), "{text}");
+        assert_eq!(
+            text.lines().filter(|line| line.starts_with("  ")).count(),
+            4
+        );
+        assert!(
+            text.contains("cat './my ctl'/app/flags/new-checkout/enabled"),
+            "{text}"
+        );
+        assert!(
+            text.contains("put --origin sqlite:///s/ledger.db app/flags"),
+            "{text}"
+        );
     }
 
     #[test]
     fn the_state_is_beside_the_mount_point() {
-        assert_eq!(beside(Path::new("./ctl/")).unwrap(), Path::new("./ctl.state"));
+        assert_eq!(
+            beside(Path::new("./ctl/")).unwrap(),
+            Path::new("./ctl.state")
+        );
         assert_eq!(beside(Path::new("ctl")).unwrap(), Path::new("ctl.state"));
         assert!(beside(Path::new("..")).is_err());
     }

@@ -47,12 +47,11 @@ fn split(args: &[OsString]) -> Option<(Vec<OsString>, OsString)> {
             kept.extend(rest.cloned());
             break;
         }
-        let value = if arg == "--origin" {
-            rest.next()
-        } else {
-            None
-        };
-        let joined = arg.as_bytes().strip_prefix(b"--origin=").map(OsStr::from_bytes);
+        let value = if arg == "--origin" { rest.next() } else { None };
+        let joined = arg
+            .as_bytes()
+            .strip_prefix(b"--origin=")
+            .map(OsStr::from_bytes);
         match value.map(OsString::as_os_str).or(joined) {
             // Given twice, it is clap's to refuse.
             Some(_) if url.is_some() => return None,

@@ -48,10 +48,16 @@ pub fn run(args: StatusArgs) -> Result<(), Error> {
         ));
     }
     let text = daemon::read_status(&path, DEADLINE).map_err(|error| {
-        Error::failed(format!("cannot read the status of {}: {error}", path.display()))
+        Error::failed(format!(
+            "cannot read the status of {}: {error}",
+            path.display()
+        ))
     })?;
     let status: Json = serde_json::from_slice(&text).map_err(|error| {
-        Error::failed(format!("cannot read the status of {}: {error}", path.display()))
+        Error::failed(format!(
+            "cannot read the status of {}: {error}",
+            path.display()
+        ))
     })?;
     let shown = if args.json {
         text
@@ -139,7 +145,10 @@ fn for_people(status: &Json) -> String {
         let seqs: Vec<String> = late.iter().map(Json::to_string).collect();
         lines.push((
             "late",
-            format!("never applied, for they appeared too late: {}", seqs.join(", ")),
+            format!(
+                "never applied, for they appeared too late: {}",
+                seqs.join(", ")
+            ),
         ));
     }
     for fallback in status

@@ -112,7 +112,10 @@ fn leave_terminal() -> io::Result<()> {
         libc::umask(0o077);
     }
     std::env::set_current_dir("/")?;
-    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let null = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
     for stream in 0..3 {
         redirect(&null, stream)?;
     }

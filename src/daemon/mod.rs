@@ -35,8 +35,8 @@ pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, resolve};
 pub use mountpoint::MountpointError;
 pub(crate) use mountpoint::{daemon_pid, detach, is_root, is_stale, read_status};
 pub(crate) use signals::{block as block_signals, broken_pipe_kills};
-pub(crate) use wiring::{embedded, prepare_embedded};
 pub use wiring::{AccessRules, OriginUrl, access_rules, origin_url};
+pub(crate) use wiring::{embedded, prepare_embedded};
 
 /// How long a start with config at hand waits for a word from the origin before it returns.
 const FIRST_CONTACT: Duration = Duration::from_secs(3);
@@ -191,23 +191,25 @@ fn watch_signals(
     phase: Arc<Mutex<Phase>>,
     events: Sender<Event>,
 ) -> io::Result<()> {
-    thread::Builder::new().name("signals".into()).spawn(move || {
-        let mut asked = false;
-        while let Ok(signal) = blocked.wait() {
-            if signal == libc::SIGHUP && !foreground {
-                // A daemon has no terminal to lose.
-                continue;
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            let mut asked = false;
+            while let Ok(signal) = blocked.wait() {
+                if signal == libc::SIGHUP && !foreground {
+                    // A daemon has no terminal to lose.
+                    continue;
+                }
+                // Held while the process ends, so that nothing can be mounted in that moment.
+                let phase = phase.lock().unwrap_or_else(PoisonError::into_inner);
+                if asked || *phase == Phase::Starting {
+                    signals::exit_now(signal);
+                }
+                asked = true;
+                // The main thread listens for as long as there is something to undo.
+                let _ = events.send(Event::Signal(signal));
             }
-            // Held while the process ends, so that nothing can be mounted in that moment.
-            let phase = phase.lock().unwrap_or_else(PoisonError::into_inner);
-            if asked || *phase == Phase::Starting {
-                signals::exit_now(signal);
-            }
-            asked = true;
-            // The main thread listens for as long as there is something to undo.
-            let _ = events.send(Event::Signal(signal));
-        }
-    })?;
+        })?;
     Ok(())
 }
 
@@ -323,9 +325,10 @@ impl Live {
         {
             live.start = start_of(&ldb);
             let events = events.clone();
-            let running = wiring::reflect(origin, ldb, &mounted, board, poll_interval, move || {
-                let _ = events.send(Event::ReflectorEnded);
-            })?;
+            let running =
+                wiring::reflect(origin, ldb, &mounted, board, poll_interval, move || {
+                    let _ = events.send(Event::ReflectorEnded);
+                })?;
             live.reflector = Some(running);
         }
         let events = events.clone();
@@ -442,10 +445,11 @@ impl Drop for Live {
         }
         self.unmounter.unmount();
         // The number tells our mount from one that somebody put on top of it.
-        let ours = || {
-            mountinfo::at(&self.path).is_ok_and(|m| m.is_some_and(|m| Some(m.id) == self.id))
-        };
-        if ours() && let Err(error) = mountpoint::detach(&self.path, true) {
+        let ours =
+            || mountinfo::at(&self.path).is_ok_and(|m| m.is_some_and(|m| Some(m.id) == self.id));
+        if ours()
+            && let Err(error) = mountpoint::detach(&self.path, true)
+        {
             tracing::error!(%error, "cannot unmount {}", self.path.display());
         }
     }

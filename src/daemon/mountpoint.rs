@@ -286,10 +286,9 @@ fn fusermount(option: &str, path: Option<&Path>) -> io::Result<()> {
     if let Some(path) = path {
         command.arg("--").arg(path);
     }
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| io::Error::new(error.kind(), format!("cannot run fusermount3: {error}")))?;
+    let output = command.stdin(Stdio::null()).output().map_err(|error| {
+        io::Error::new(error.kind(), format!("cannot run fusermount3: {error}"))
+    })?;
     if output.status.success() {
         return Ok(());
     }
