@@ -10,3 +10,4 @@ pub mod model;
 pub mod reflector;
 pub mod status;
 mod stubs;
+pub mod tree;
