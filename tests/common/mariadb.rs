@@ -8,9 +8,9 @@ use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use mysql_async::prelude::Queryable;
@@ -173,31 +173,13 @@ fn server() -> &'static Server {
     })
 }
 
-struct Running {
-    child: Child,
-    directory: PathBuf,
-}
-
-static RUNNING: Mutex<Option<Running>> = Mutex::new(None);
-
-/// Runs at the exit of the test process, which ends through `exit` also when tests failed. If it
-/// is killed instead, the kernel kills the server and its watcher removes the directory.
-extern "C" fn stop() {
-    if let Ok(mut running) = RUNNING.lock()
-        && let Some(mut server) = running.take()
-    {
-        let _ = server.child.kill();
-        let _ = server.child.wait();
-        let _ = std::fs::remove_dir_all(&server.directory);
-    }
-}
-
 fn start() -> Server {
     let directory = tempfile::Builder::new()
         .prefix("ctlfs-test-mariadb-")
         .tempdir()
         .unwrap()
         .keep();
+    watch(&directory);
     let data = directory.join("data");
     // What the server is run as; it refuses root unless it is named.
     let user = Command::new("id").arg("-un").output().unwrap().stdout;
@@ -228,11 +210,7 @@ fn start() -> Server {
     writeln!(file, "GRANT ALL ON *.* TO 'ctlfs'@'127.0.0.1';").unwrap();
     // Another process can take a port between our choice and the server's start.
     for _ in 0..5 {
-        if let Some((child, port)) = launch(&directory, &data, &init, &user) {
-            watch(&child, &directory);
-            *RUNNING.lock().unwrap() = Some(Running { child, directory });
-            // SAFETY: `stop` is an extern "C" function without arguments that does not unwind.
-            unsafe { libc::atexit(stop) };
+        if let Some(port) = launch(&directory, &data, &init, &user) {
             return Server {
                 host: "127.0.0.1".into(),
                 port,
@@ -242,11 +220,10 @@ fn start() -> Server {
         }
     }
     let log = std::fs::read_to_string(directory.join("log")).unwrap_or_default();
-    let _ = std::fs::remove_dir_all(&directory);
     panic!("mariadbd does not start:\n{log}");
 }
 
-fn launch(directory: &Path, data: &Path, init: &Path, user: &str) -> Option<(Child, u16)> {
+fn launch(directory: &Path, data: &Path, init: &Path, user: &str) -> Option<u16> {
     let port = TcpListener::bind("127.0.0.1:0")
         .and_then(|l| l.local_addr())
         .unwrap()
@@ -268,18 +245,13 @@ fn launch(directory: &Path, data: &Path, init: &Path, user: &str) -> Option<(Chi
         .args(["--performance-schema=OFF", "--max-allowed-packet=64M"])
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
-        .stderr(log);
-    // SAFETY: setpgid is async-signal-safe and touches no memory. A group of its own keeps a
-    // Ctrl-C at the terminal from reaching the server before the tests are through with it.
-    unsafe {
-        command.pre_exec(|| {
-            libc::setpgid(0, 0);
-            Ok(())
-        });
-    }
+        .stderr(log)
+        // A Ctrl-C at the terminal is for the tests; the server goes when they have gone.
+        .process_group(0);
     let mut child = command
         .spawn()
         .expect("mariadbd cannot be run: the tests need MariaDB's server");
+    std::fs::write(directory.join("server"), child.id().to_string()).unwrap();
     let deadline = Instant::now() + STARTUP;
     let url = format!("mysql://ctlfs:{}@127.0.0.1:{port}/", encode("p@ss:w/rd'%"));
     while Instant::now() < deadline {
@@ -288,7 +260,7 @@ fn launch(directory: &Path, data: &Path, init: &Path, user: &str) -> Option<(Chi
         }
         let up = block_on(async { Conn::from_url(&url).await.is_ok() });
         if up {
-            return Some((child, port));
+            return Some(port);
         }
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -297,25 +269,22 @@ fn launch(directory: &Path, data: &Path, init: &Path, user: &str) -> Option<(Chi
     None
 }
 
-/// A process that waits for the end of this one, however it comes, and then removes the server
-/// and its directory. (The kernel's parent-death signal goes by the thread that started the
-/// child, and a test's thread ends long before its process.)
-fn watch(server: &Child, directory: &Path) {
+/// Starts a process that waits for the end of this one, however it comes, and then kills the
+/// server and removes its directory. (The kernel's parent-death signal goes by the thread that
+/// started the child, and a test's thread ends long before its process.)
+fn watch(directory: &Path) {
     // The watcher's standard input ends when this process does; nothing is ever written to it.
-    let script = format!(
-        "cat >/dev/null; kill -9 {} 2>/dev/null; rm -rf '{}'",
-        server.id(),
-        directory.display()
-    );
+    let script = "cat >/dev/null; kill -9 $(cat \"$0/server\"); rm -rf \"$0\"";
     let mut watcher = Command::new("sh")
-        .args(["-c", &script])
+        .args(["-c", script])
+        .arg(directory)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .process_group(0)
         .spawn()
         .unwrap();
-    // Kept open until the process ends; descriptors are closed on exec in every other child.
+    // Kept open until the process ends; other children do not inherit it.
     std::mem::forget(watcher.stdin.take());
 }
 
