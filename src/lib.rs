@@ -5,6 +5,7 @@
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod executive;
 pub mod ledger;
 pub mod model;
 pub mod reflector;
