@@ -352,7 +352,8 @@ impl Plan {
                 statement::delete(table, schema, &key)
             }
             Mutation::Clear { .. } => {
-                let any = !planned.rows.is_empty() || (!planned.cleared && central.has_rows(table)?);
+                let any =
+                    !planned.rows.is_empty() || (!planned.cleared && central.has_rows(table)?);
                 planned.cleared = true;
                 planned.rows.clear();
                 if !any {

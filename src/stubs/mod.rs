@@ -12,51 +12,6 @@
 )]
 
 pub mod mount;
-pub mod url;
-
-pub mod access {
-    #[derive(Debug, Clone, Default)]
-    pub struct AccessRules;
-}
-
-pub mod ledger {
-    pub use super::url::OriginUrl;
-    use crate::ledger::{Origin, OriginError};
-    use crate::model::Seq;
-
-    pub fn open(url: &OriginUrl) -> Result<Box<dyn Origin>, OriginError> {
-        Ok(Box::new(Fake(url.clone())))
-    }
-
-    struct Fake(OriginUrl);
-
-    impl Origin for Fake {
-        fn fetch(&mut self, _: Seq) -> Result<Vec<crate::ledger::Entry>, OriginError> {
-            self.last_seq().map(|_| Vec::new())
-        }
-
-        fn last_seq(&mut self) -> Result<Option<Seq>, OriginError> {
-            match &self.0 {
-                OriginUrl::MySql(_) => loop {
-                    std::thread::park();
-                },
-                OriginUrl::Sqlite(path) if path.exists() => Ok(Some(Seq::new(3))),
-                _ => Err(OriginError::Unreachable {
-                    origin: self.0.to_string(),
-                    reason: "no such file or server".into(),
-                }),
-            }
-        }
-
-        fn seqs_between(&mut self, _: Seq, _: Seq) -> Result<Vec<Seq>, OriginError> {
-            Ok(Vec::new())
-        }
-
-        fn describe(&self) -> String {
-            self.0.to_string()
-        }
-    }
-}
 
 pub mod ldb {
     use std::fmt;
@@ -73,7 +28,11 @@ pub mod ldb {
         }
     }
 
-    pub struct LdbWriter(bool);
+    pub struct Position {
+        pub seq: Seq,
+    }
+
+    pub struct LdbWriter(bool, Position);
 
     impl LdbWriter {
         pub fn open(path: &Path) -> Result<Self, LdbError> {
@@ -81,12 +40,12 @@ pub mod ldb {
                 .append(true)
                 .create(true)
                 .open(path)
-                .map(|f| LdbWriter(f.metadata().unwrap().len() > 0))
+                .map(|f| LdbWriter(f.metadata().unwrap().len() > 0, Position { seq: Seq::ZERO }))
                 .map_err(|e| LdbError(format!("cannot open the LDB {}: {e}", path.display())))
         }
 
-        pub fn seq(&self) -> Seq {
-            Seq::new(u64::from(self.0))
+        pub fn position(&self) -> &Position {
+            &self.1
         }
 
         pub fn is_ready(&self) -> bool {
@@ -110,13 +69,19 @@ pub mod reflector {
     pub struct StopHandle(Arc<AtomicBool>);
 
     impl StopHandle {
+        pub fn new() -> Self {
+            Self::default()
+        }
+
         pub fn stop(&self) {
             self.0.store(true, Ordering::Relaxed);
         }
     }
 
+    #[derive(Default)]
     pub struct Settings {
         pub poll_interval: Duration,
+        pub batch_entries: usize,
     }
 
     pub struct Reflector(Box<dyn Origin>, Arc<StatusBoard>, Settings);
@@ -132,7 +97,7 @@ pub mod reflector {
             Reflector(origin, board, settings)
         }
 
-        pub fn run(mut self, stop: &StopHandle) {
+        pub fn run(&mut self, stop: &StopHandle) {
             let mut at = 0;
             while !stop.0.load(Ordering::Relaxed) {
                 let last = self.0.last_seq();

@@ -13,10 +13,10 @@ use fuser::{
     SessionUnmounter,
 };
 
-use super::access::AccessRules;
 use crate::model::{ChangeSet, Seq};
 use crate::reflector::CommitObserver;
 use crate::status::StatusBoard;
+use crate::tree::access::AccessRules;
 
 pub struct Settings {
     pub mountpoint: PathBuf,
@@ -97,8 +97,8 @@ pub fn mount(
 }
 
 impl Mounted {
-    pub fn observer(&self) -> Box<dyn CommitObserver> {
-        Box::new(Nobody)
+    pub fn observer(&self) -> Option<Box<dyn CommitObserver>> {
+        Some(Box::new(Nobody))
     }
 
     pub fn unmounter(&self) -> Unmounter {
