@@ -2,6 +2,7 @@
 
 #![warn(missing_docs)]
 
+pub mod ldb;
 pub mod ledger;
 pub mod model;
 pub mod reflector;
