@@ -2,6 +2,7 @@
 
 #![warn(missing_docs)]
 
+pub mod executive;
 pub mod ldb;
 pub mod ledger;
 pub mod model;
