@@ -6,6 +6,7 @@ pub mod executive;
 pub mod ldb;
 pub mod ledger;
 pub mod model;
+pub mod mount;
 pub mod reflector;
 pub mod status;
 pub mod tree;

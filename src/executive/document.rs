@@ -354,7 +354,10 @@ mod tests {
         assert_eq!(part.rows[0].line, 8);
         let row = &part.rows[1].value.0;
         assert!(matches!(&row[0].1.value, Node::Text(t) if t == "007"));
-        assert!(matches!(row[1].1.value, Node::Integer(9_007_199_254_740_993)));
+        assert!(matches!(
+            row[1].1.value,
+            Node::Integer(9_007_199_254_740_993)
+        ));
         assert_eq!(row[1].1.line, 10);
     }
 

@@ -18,6 +18,7 @@ pub mod catalog;
 mod dirs;
 mod image;
 mod overflow;
+pub mod reader;
 mod reshape;
 mod stamp;
 #[cfg(test)]
