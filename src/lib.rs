@@ -2,6 +2,9 @@
 
 #![warn(missing_docs)]
 
+pub mod cli;
+pub mod config;
+pub mod daemon;
 pub mod executive;
 pub mod ldb;
 pub mod ledger;
@@ -9,4 +12,5 @@ pub mod model;
 pub mod mount;
 pub mod reflector;
 pub mod status;
+mod stubs;
 pub mod tree;
