@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
-use crate::daemon::{AccessRules, OriginUrl};
+use crate::ledger::OriginUrl;
+use crate::tree::access::AccessRules;
 
 /// Settings of a daemon.
 pub struct Daemon {
@@ -87,14 +88,6 @@ pub enum ConfigError {
     /// The tree cannot be written.
     #[error("mount option \"rw\" is not possible: the tree is read-only")]
     ReadWrite,
-    /// An access rule that cannot be understood.
-    #[error("access rule {rule:?} is not understood: {reason}")]
-    Access {
-        /// The rule.
-        rule: String,
-        /// What is wrong with it.
-        reason: String,
-    },
     /// No directory for the state is known.
     #[error("no default for --state: neither XDG_STATE_HOME nor HOME is set; give --state DIR")]
     NoStateDir,

@@ -12,5 +12,4 @@ pub mod model;
 pub mod mount;
 pub mod reflector;
 pub mod status;
-mod stubs;
 pub mod tree;

@@ -11,6 +11,7 @@ use super::Error;
 use super::mount::Common;
 use crate::config::{self, Follow};
 use crate::daemon::{self, Reporter};
+use crate::ledger::OriginUrl;
 
 /// What `--sample` loads, in the form that `apply` reads.
 const SAMPLE: &str = include_str!("sample.yaml");
@@ -46,9 +47,10 @@ pub fn run(mut args: DevArgs) -> Result<(), Error> {
     };
     let state = config::absolute(&state).map_err(Error::usage)?;
     args.common.state = Some(state.clone());
-    let url = daemon::embedded(&state.join("ledger.db")).map_err(Error::failed)?;
+    let ledger = state.join("ledger.db");
+    let url = OriginUrl::sqlite(&ledger).map_err(Error::failed)?;
     let follow = Follow::Origin {
-        url,
+        url: url.clone(),
         poll_interval: args.common.poll_interval,
     };
     // Signals wait from here on, so that a directory of ours never stays behind.
@@ -56,7 +58,7 @@ pub fn run(mut args: DevArgs) -> Result<(), Error> {
     let directory = Directory::create(&args.mountpoint)?;
     let shown = args.mountpoint.clone();
     let config = args.common.validated(args.mountpoint, follow, None, true)?;
-    let ledger = prepare(&state, args.sample)?;
+    prepare(&state, &url, args.sample)?;
     let sampled = args.sample;
     let result = daemon::run(&config, &mut Reporter::Here, || {
         let _ = io::stdout().write_all(greeting(&shown, &ledger, sampled).as_bytes());
@@ -78,17 +80,15 @@ fn beside(mountpoint: &Path) -> Result<PathBuf, Error> {
     Ok(mountpoint.with_file_name(name))
 }
 
-fn prepare(state: &Path, sample: bool) -> Result<PathBuf, Error> {
-    let ledger = state.join("ledger.db");
-    let failed = |error: &dyn std::fmt::Display| {
+/// Makes the state directory and the ledger in it.
+fn prepare(state: &Path, url: &OriginUrl, sample: bool) -> Result<(), Error> {
+    daemon::create_private(state).map_err(|error| {
         Error::failed(format!(
-            "cannot prepare the embedded ledger {}: {error}",
-            ledger.display()
+            "cannot create the state directory {}: {error}; give another with --state",
+            state.display()
         ))
-    };
-    daemon::create_private(state).map_err(|error| failed(&error))?;
-    daemon::prepare_embedded(&ledger, sample.then_some(SAMPLE)).map_err(|error| failed(&error))?;
-    Ok(ledger)
+    })?;
+    daemon::prepare_embedded(url, sample.then_some(SAMPLE)).map_err(Error::failed)
 }
 
 /// A mount point that goes away again if it was created here.

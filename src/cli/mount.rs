@@ -1,7 +1,7 @@
 //! `ctlfs mount`: starts a daemon and reports how its start went.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueHint};
@@ -9,6 +9,7 @@ use clap::{Args, ValueHint};
 use super::{Error, secret};
 use crate::config::{self, Follow, Options};
 use crate::daemon::{self, Fork, Outcome, Reporter};
+use crate::ledger::{OriginUrl, OriginUrlError};
 
 /// Mount config as files.
 ///
@@ -146,6 +147,14 @@ pub fn run(args: MountArgs) -> Result<(), Error> {
     }
 }
 
+fn origin(url: &str, password_file: Option<&Path>) -> Result<OriginUrl, OriginUrlError> {
+    let url: OriginUrl = url.parse()?;
+    match password_file {
+        Some(path) => url.with_password_file(path),
+        None => Ok(url),
+    }
+}
+
 impl MountArgs {
     fn validated(self) -> Result<config::Daemon, Error> {
         let follow = match (self.ldb, self.origin) {
@@ -155,8 +164,7 @@ impl MountArgs {
                 check_interval: self.check_interval,
             },
             (None, Some(url)) => Follow::Origin {
-                url: daemon::origin_url(&url, self.password_file.as_deref())
-                    .map_err(Error::Failed)?,
+                url: origin(&url, self.password_file.as_deref()).map_err(Error::failed)?,
                 poll_interval: self.common.poll_interval,
             },
             (None, None) => return Err(Error::usage("give --origin URL or --ldb FILE")),

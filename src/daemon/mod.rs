@@ -35,8 +35,7 @@ pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, resolve};
 pub use mountpoint::MountpointError;
 pub(crate) use mountpoint::{daemon_pid, detach, is_root, is_stale, read_status};
 pub(crate) use signals::{block as block_signals, broken_pipe_kills};
-pub use wiring::{AccessRules, OriginUrl, access_rules, origin_url};
-pub(crate) use wiring::{embedded, prepare_embedded};
+pub(crate) use wiring::{access_rules, prepare_embedded};
 
 /// How long a start with config at hand waits for a word from the origin before it returns.
 const FIRST_CONTACT: Duration = Duration::from_secs(3);
@@ -67,13 +66,8 @@ pub enum Error {
         reason: String,
     },
     /// The mount itself.
-    #[error("cannot mount on {}: {reason}", path.display())]
-    Mount {
-        /// The mount point.
-        path: PathBuf,
-        /// What the kernel or fusermount3 said.
-        reason: String,
-    },
+    #[error("{0}")]
+    Mount(String),
     /// The log.
     #[error("cannot write the log {}: {reason}", path.display())]
     Log {
@@ -86,13 +80,8 @@ pub enum Error {
     #[error("cannot start the daemon: {0}")]
     System(#[from] io::Error),
     /// The FUSE session broke.
-    #[error("the mount on {} ended: {reason}", path.display())]
-    Session {
-        /// The mount point.
-        path: PathBuf,
-        /// What the session said.
-        reason: String,
-    },
+    #[error("{0}")]
+    Session(String),
 }
 
 /// What ends or moves a daemon.
@@ -162,10 +151,7 @@ pub(crate) fn run(
             tracing::info!("unmounted");
             Ok(())
         }
-        Event::Unmounted(Err(reason)) => Err(Error::Session {
-            path: place.path.clone(),
-            reason,
-        }),
+        Event::Unmounted(Err(reason)) => Err(Error::Session(reason)),
         Event::ReflectorEnded => Ok(()),
     };
     live.end(&events);
@@ -420,7 +406,9 @@ impl Live {
         if let Some(reflector) = &self.reflector {
             reflector.stop();
         }
-        self.unmounter.unmount();
+        if self.is_mounted() {
+            self.unmounter.unmount();
+        }
         wait_until(GOODBYE, || {
             let session_over = events.try_iter().any(|e| matches!(e, Event::Unmounted(_)));
             session_over || !self.is_mounted()

@@ -9,51 +9,29 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crate::stubs::access::AccessRules as Rules;
-use crate::stubs::ldb::LdbWriter;
-use crate::stubs::ledger as origins;
-use crate::stubs::mount::{self, MountCounters, Source};
-use crate::stubs::reflector::{Reflector, Settings, StopHandle};
+use crate::ldb::LdbWriter;
+use crate::mount::{self, MountCounters, Source};
+use crate::reflector::{Reflector, Settings, StopHandle};
 
-use super::Error;
-use crate::config::{self, ConfigError, Follow};
-use crate::ledger::{Origin, OriginError};
+use super::{Error, users};
+use crate::config::{self, Follow};
+use crate::executive::{self, Document, Executive};
+use crate::ledger::{self, Origin, OriginError, OriginUrl};
 use crate::model::Seq;
 use crate::status::{Counters, StatusBoard};
+use crate::tree::access::{AccessError, AccessRules, Principal};
 
-pub(crate) use crate::stubs::mount::{Mounted, Unmounter};
-/// The access rules as the mount takes them.
-pub type AccessRules = Rules;
-/// A parsed origin, which never shows its password.
-pub type OriginUrl = origins::OriginUrl;
+pub(crate) use crate::mount::{Mounted, Unmounter};
 
-/// Understands the rules of `--access`, in their order.
-pub fn access_rules(rules: &[String]) -> Result<AccessRules, ConfigError> {
-    // The names of users and groups are looked up by super::users::{uid, gid}.
-    let _ = (super::users::uid, super::users::gid);
-    match rules.first() {
-        None => Ok(AccessRules::default()),
-        Some(rule) => Err(ConfigError::Access {
-            rule: rule.clone(),
-            reason: "not wired yet".into(),
-        }),
-    }
-}
-
-/// Reads an origin. The error never holds the text.
-pub fn origin_url(text: &str, password_file: Option<&Path>) -> Result<OriginUrl, String> {
-    let url: OriginUrl = text
-        .parse()
-        .map_err(|error: crate::stubs::url::OriginUrlError| error.to_string())?;
-    match password_file {
-        Some(path) => url.with_password_file(path).map_err(|e| e.to_string()),
-        None => Ok(url),
-    }
-}
-
-/// The URL of the embedded ledger in `file`.
-pub(crate) fn embedded(file: &Path) -> std::io::Result<OriginUrl> {
-    OriginUrl::sqlite(file)
+/// Understands the rules of `--access`, in their order. What they leave out belongs to whoever
+/// mounts.
+pub(crate) fn access_rules(rules: &[String]) -> Result<AccessRules, AccessError> {
+    // SAFETY: neither call has preconditions or can fail.
+    let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+    AccessRules::parse(rules, uid, gid, &|principal| match principal {
+        Principal::User(name) => users::uid(name),
+        Principal::Group(name) => users::gid(name),
+    })
 }
 
 /// Whether the first call to this origin can take long.
@@ -61,15 +39,21 @@ pub(super) fn may_hang(url: &OriginUrl) -> bool {
     matches!(url, OriginUrl::MySql(_))
 }
 
-/// Creates the embedded ledger in `file` if it is missing. If it is empty, loads `sample`, in the
-/// form that 'ctlfs apply' reads. Says whether it did.
-pub(crate) fn prepare_embedded(file: &Path, sample: Option<&str>) -> Result<bool, String> {
-    std::fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(file)
-        .map_err(|error| error.to_string())?;
-    Ok(sample.is_some())
+/// Creates the tables of an embedded ledger where they are missing. If nothing was ever written to
+/// it, loads `sample`, in the form that 'ctlfs apply' reads.
+pub(crate) fn prepare_embedded(
+    url: &OriginUrl,
+    sample: Option<&str>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let mut executive = Executive::open(url)?;
+    executive.init()?;
+    if let Some(sample) = sample
+        && ledger::open(url)?.last_seq()?.is_none()
+    {
+        let document = Document::parse("the sample", Path::new(""), sample)?;
+        executive::apply(document, &mut executive, &mut |_| {})?;
+    }
+    Ok(())
 }
 
 /// An LDB of our own, and where it stands.
@@ -85,7 +69,7 @@ pub(super) struct Ldb {
 /// Opens or creates the LDB in the state directory.
 pub(super) fn open_ldb(path: PathBuf) -> Result<Ldb, Error> {
     let writer = LdbWriter::open(&path).map_err(|error| Error::Ldb(error.to_string()))?;
-    let seq = writer.seq();
+    let seq = writer.position().seq;
     let ready = writer.is_ready();
     Ok(Ldb {
         writer,
@@ -114,7 +98,7 @@ pub(super) fn check_foreign_ldb(path: &Path) -> Result<(), String> {
 
 /// The ledger, not connected yet.
 pub(super) fn open_origin(url: &OriginUrl) -> Result<Box<dyn Origin>, OriginError> {
-    origins::open(url)
+    ledger::open(url)
 }
 
 /// Mounts. `status` renders status.json.
@@ -153,10 +137,8 @@ pub(super) fn mount(
             fallbacks: &counters.fallbacks,
         })
     });
-    mount::mount(settings, render, Arc::clone(board)).map_err(|error| Error::Mount {
-        path: mountpoint.to_owned(),
-        reason: error.to_string(),
-    })
+    mount::mount(settings, render, Arc::clone(board))
+        .map_err(|error| Error::Mount(error.to_string()))
 }
 
 /// The running reflector.
@@ -174,15 +156,13 @@ pub(super) fn reflect(
     poll_interval: Duration,
     ended: impl FnOnce() + Send + 'static,
 ) -> std::io::Result<Running> {
-    let settings = Settings { poll_interval };
-    let reflector = Reflector::new(
-        origin,
-        ldb.writer,
-        mounted.observer(),
-        Arc::clone(board),
-        settings,
-    );
-    let stop = StopHandle::default();
+    let settings = Settings {
+        poll_interval,
+        ..Settings::default()
+    };
+    let observer = mounted.observer();
+    let mut reflector = Reflector::new(origin, ldb.writer, observer, Arc::clone(board), settings);
+    let stop = StopHandle::new();
     let handle = stop.clone();
     let thread = thread::Builder::new()
         .name("reflector".into())

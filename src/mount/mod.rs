@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, SystemTime};
 
-use fuser::{BackgroundSession, Config, MountOption, Session, SessionACL};
+use fuser::{BackgroundSession, Config, MountOption, Notifier, Session, SessionACL};
 
 use self::counters::Requests;
 use self::fs::Fs;
@@ -124,6 +124,7 @@ pub enum MountError {
 /// A mounted tree. Dropping it unmounts.
 pub struct Mounted {
     session: Option<BackgroundSession>,
+    notifier: Notifier,
     server: Arc<Server>,
     mountpoint: PathBuf,
     /// Dropped to end the thread that watches a foreign LDB.
@@ -201,6 +202,7 @@ pub fn mount(
         Source::Foreign { check_interval } => Some(watch(&server, check_interval / 2)?),
     };
     Ok(Mounted {
+        notifier: session.notifier(),
         session: Some(session),
         server,
         mountpoint: settings.mountpoint,
@@ -235,9 +237,11 @@ fn watch(server: &Arc<Server>, interval: Duration) -> Result<Sender<()>, LdbErro
 
 impl Mounted {
     /// Whoever writes the LDB tells this of each commit.
-    pub fn observer(&self) -> Option<Box<dyn CommitObserver>> {
-        let notifier = self.session.as_ref()?.notifier();
-        Some(Box::new(Flipper::new(Arc::clone(&self.server), notifier)))
+    pub fn observer(&self) -> Box<dyn CommitObserver> {
+        Box::new(Flipper::new(
+            Arc::clone(&self.server),
+            self.notifier.clone(),
+        ))
     }
 
     /// Something to unmount with from another thread.
