@@ -2,7 +2,7 @@
 # run; it changes nothing by being sourced.
 # shellcheck shell=bash
 
-say() { printf '\033[1m%s\033[0m\n' "== $*"; }
+say() { printf '\n== %s\n' "$*"; }
 
 die() {
     printf '%s: %s\n' "${0##*/}" "$*" >&2

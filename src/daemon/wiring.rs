@@ -9,20 +9,19 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-// The merge turns `crate::stubs::` into `crate::`.
-use crate::stubs::ldb::LdbWriter;
-use crate::stubs::mount::{self, MountCounters, Source};
-use crate::stubs::reflector::{Reflector, Settings, StopHandle};
+use crate::ldb::LdbWriter;
+use crate::mount::{self, MountCounters, Source};
+use crate::reflector::{Reflector, Settings, StopHandle};
 
 use super::{Error, users};
 use crate::config::{self, Follow};
-use crate::executive::{Executive, ExecutiveError};
+use crate::executive::{self, Document, Executive};
 use crate::ledger::{self, Origin, OriginError, OriginUrl};
 use crate::model::Seq;
 use crate::status::{Counters, StatusBoard};
 use crate::tree::access::{AccessError, AccessRules, Principal};
 
-pub(crate) use crate::stubs::mount::{Mounted, Unmounter};
+pub(crate) use crate::mount::{Mounted, Unmounter};
 
 /// Understands the rules of `--access`, in their order. What they leave out belongs to whoever
 /// mounts.
@@ -45,11 +44,15 @@ pub(super) fn may_hang(url: &OriginUrl) -> bool {
 pub(crate) fn prepare_embedded(
     url: &OriginUrl,
     sample: Option<&str>,
-) -> Result<(), ExecutiveError> {
+) -> Result<(), Box<dyn std::error::Error>> {
     let mut executive = Executive::open(url)?;
     executive.init()?;
-    // The merge loads `sample` here, through what src/cli/apply.rs uses.
-    let _ = (ledger::open(url)?.last_seq()?, sample);
+    if let Some(sample) = sample
+        && ledger::open(url)?.last_seq()?.is_none()
+    {
+        let document = Document::parse("the sample", Path::new(""), sample)?;
+        executive::apply(document, &mut executive, &mut |_| {})?;
+    }
     Ok(())
 }
 
@@ -157,9 +160,7 @@ pub(super) fn reflect(
         poll_interval,
         ..Settings::default()
     };
-    let observer = mounted
-        .observer()
-        .ok_or_else(|| std::io::Error::other("the mount has ended"))?;
+    let observer = mounted.observer();
     let mut reflector = Reflector::new(origin, ldb.writer, observer, Arc::clone(board), settings);
     let stop = StopHandle::new();
     let handle = stop.clone();

@@ -5,9 +5,10 @@
 //! transaction. Rows that are already as asked are not written. The calls block; none may be made
 //! from async code. It never reads an LDB.
 
+mod apply;
 mod central;
 mod check;
-pub mod document;
+mod document;
 mod embedded;
 mod error;
 mod mysql;
@@ -18,8 +19,10 @@ use std::time::Duration;
 use crate::ledger::{BEGIN_MARKER, COMMIT_MARKER, OriginError, OriginUrl, statement};
 use crate::model::{FamilyName, Field, FieldName, Seq, TableRef, TableSchema, Value};
 
+pub use apply::{Applied, ApplyError, Progress, apply, unhex};
 use central::{Central, Definition, Step, StepError};
 pub use check::{expected, stored};
+pub use document::{Document, DocumentError};
 pub use error::ExecutiveError;
 
 /// How often a transaction that lost against another writer is tried.

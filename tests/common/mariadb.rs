@@ -48,7 +48,6 @@ pub fn database() -> TestDatabase {
     TestDatabase { name }
 }
 
-#[allow(dead_code)]
 impl TestDatabase {
     /// The database as `--origin` takes it.
     pub fn url(&self) -> String {
