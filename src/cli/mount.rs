@@ -29,6 +29,7 @@ pub struct MountArgs {
     origin: Option<String>,
     /// A file that holds the origin's password.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    #[arg(env = "CTLFS_PASSWORD_FILE", hide_env_values = true)]
     password_file: Option<PathBuf>,
     /// Mount this LDB, which another process writes, instead of following an origin.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]

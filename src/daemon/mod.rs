@@ -256,10 +256,10 @@ enum Start {
 }
 
 fn start_of(ldb: &wiring::Ldb) -> Start {
-    match (ldb.ready, ldb.seq) {
-        (true, _) => Start::Whole,
-        (false, Seq::ZERO) => Start::Empty,
-        (false, _) => Start::Partial,
+    match (ldb.seq, ldb.ready) {
+        (Seq::ZERO, _) => Start::Empty,
+        (_, true) => Start::Whole,
+        (_, false) => Start::Partial,
     }
 }
 
