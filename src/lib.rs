@@ -2,6 +2,7 @@
 
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod executive;
 pub mod ledger;
 pub mod model;

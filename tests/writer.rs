@@ -267,7 +267,10 @@ fn put_keeps_the_other_fields_and_delete_says_what_it_found() {
         );
         let length = place.entries().len();
         let missing = executive.mutate(&[delete("nobody")]).unwrap();
-        assert_eq!((missing.seq, missing.effects), (None, vec![Effect::Missing]));
+        assert_eq!(
+            (missing.seq, missing.effects),
+            (None, vec![Effect::Missing])
+        );
         assert_eq!(place.entries().len(), length);
         let both = executive.mutate(&[delete("a"), delete("a")]).unwrap();
         assert_eq!(both.effects, [Effect::Written, Effect::Missing]);
@@ -391,7 +394,10 @@ fn concurrent_writers_append_whole_transactions_in_order() {
             }
         });
         let statements = place.statements().split_off(start);
-        assert_eq!(statements.len(), usize::try_from(writers * each * 4).unwrap());
+        assert_eq!(
+            statements.len(),
+            usize::try_from(writers * each * 4).unwrap()
+        );
         for transaction in statements.chunks(4) {
             assert_eq!(transaction[0], "--- BEGIN");
             assert_eq!(transaction[3], "--- COMMIT");
@@ -570,14 +576,27 @@ fn wrong_origins_are_told_apart_and_never_show_the_password() {
         error
     };
     let empty = fetch(&database.url());
-    assert!(matches!(empty, OriginError::NotInitialised { .. }), "{empty}");
+    assert!(
+        matches!(empty, OriginError::NotInitialised { .. }),
+        "{empty}"
+    );
     assert!(empty.to_string().contains("ctlfs init"));
     let denied = fetch(&database.url_with_password("hunter2"));
     assert!(matches!(denied, OriginError::Denied { .. }), "{denied}");
-    let unknown = fetch(&database.url().replace(database.name(), "ctlfs_test_no_such"));
-    assert!(matches!(unknown, OriginError::NoDatabase { .. }), "{unknown}");
+    let unknown = fetch(
+        &database
+            .url()
+            .replace(database.name(), "ctlfs_test_no_such"),
+    );
+    assert!(
+        matches!(unknown, OriginError::NoDatabase { .. }),
+        "{unknown}"
+    );
     let closed = fetch("mysql://me:hunter2@127.0.0.1:1/ctldb");
-    assert!(matches!(closed, OriginError::Unreachable { .. }), "{closed}");
+    assert!(
+        matches!(closed, OriginError::Unreachable { .. }),
+        "{closed}"
+    );
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("x.db");
     std::fs::write(&file, "certainly not a database, but long enough to look").unwrap();
@@ -589,5 +608,8 @@ fn wrong_origins_are_told_apart_and_never_show_the_password() {
         .execute_batch("CREATE TABLE t (x)")
         .unwrap();
     let empty = fetch(&format!("sqlite://{}", file.display()));
-    assert!(matches!(empty, OriginError::NotInitialised { .. }), "{empty}");
+    assert!(
+        matches!(empty, OriginError::NotInitialised { .. }),
+        "{empty}"
+    );
 }

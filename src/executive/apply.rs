@@ -150,9 +150,7 @@ fn prepare(
                     .map_err(|e| document.error(table.line, format!("{e}")))?,
             };
             let existing = executive.schema(&name)?;
-            prepared.push(prepare_table(
-                &document, name, table.line, part, existing,
-            )?);
+            prepared.push(prepare_table(&document, name, table.line, part, existing)?);
         }
     }
     Ok((families, prepared))
@@ -318,7 +316,10 @@ fn prepare_row(
         if !values.iter().any(|(name, _)| *name == field.name) {
             return Err(document.error(
                 row.line,
-                format!("{table} row {number}: key field \"{}\" is missing", field.name),
+                format!(
+                    "{table} row {number}: key field \"{}\" is missing",
+                    field.name
+                ),
             ));
         }
     }
@@ -346,8 +347,8 @@ fn value(ty: FieldType, node: Node, directory: &Path) -> Result<Value, String> {
         (FieldType::String | FieldType::Text, Node::Integer(_) | Node::Huge | Node::Decimal(_)) => {
             found("a number; put it in quotes")
         }
-        (_, Node::Tagged(tagged)) => {
-            let (tag, text) = *tagged;
+        (_, Node::Notation(notation)) => {
+            let (tag, text) = *notation;
             let bytes = match tag.as_str() {
                 "hex" => unhex(&text)?,
                 "base64" => BASE64
@@ -355,7 +356,9 @@ fn value(ty: FieldType, node: Node, directory: &Path) -> Result<Value, String> {
                     .map_err(|_| "the base64 text is not valid")?,
                 "file" => std::fs::read(directory.join(&text))
                     .map_err(|e| format!("cannot read the file {text:?}: {e}"))?,
-                _ => return found("a mapping; bytes are written {hex: …}, {base64: …} or {file: …}"),
+                _ => {
+                    return found("a mapping; bytes are written {hex: …}, {base64: …} or {file: …}");
+                }
             };
             match ty {
                 FieldType::Binary | FieldType::Bytestring => Ok(Value::Blob(bytes)),

@@ -11,7 +11,9 @@ pub enum ExecutiveError {
     #[error(transparent)]
     Origin(#[from] OriginError),
     /// Other writers kept winning.
-    #[error("{origin} kept refusing the transaction because of other writers ({reason}); try again")]
+    #[error(
+        "{origin} kept refusing the transaction because of other writers ({reason}); try again"
+    )]
     Conflict {
         /// The origin, without its password.
         origin: String,

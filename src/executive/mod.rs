@@ -19,8 +19,8 @@ use std::time::Duration;
 use crate::ledger::{BEGIN_MARKER, COMMIT_MARKER, OriginError, OriginUrl, statement};
 use crate::model::{FamilyName, Field, FieldName, Seq, TableRef, TableSchema, Value};
 
-use central::{Central, Definition, Step, StepError};
 pub use apply::{Applied, ApplyError, Progress, apply, unhex};
+use central::{Central, Definition, Step, StepError};
 pub use check::{expected, stored};
 pub use document::{Document, DocumentError};
 pub use error::ExecutiveError;
@@ -355,7 +355,8 @@ impl Plan {
                 statement::delete(table, schema, &key)
             }
             Mutation::Clear { .. } => {
-                let any = !planned.rows.is_empty() || (!planned.cleared && central.has_rows(table)?);
+                let any =
+                    !planned.rows.is_empty() || (!planned.cleared && central.has_rows(table)?);
                 planned.cleared = true;
                 planned.rows.clear();
                 if !any {

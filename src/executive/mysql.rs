@@ -424,7 +424,10 @@ fn decode(row: Row, table: &TableRef, schema: &TableSchema) -> Step<Vec<Value>> 
             value.ok_or_else(|| {
                 ExecutiveError::ForeignTable {
                     table: table.clone(),
-                    reason: format!("field {} holds something that is no {}", field.name, field.ty),
+                    reason: format!(
+                        "field {} holds something that is no {}",
+                        field.name, field.ty
+                    ),
                 }
                 .into()
             })

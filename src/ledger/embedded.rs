@@ -285,9 +285,11 @@ mod tests {
         let db = Connection::open_in_memory().unwrap();
         for days in (-700_000..2_900_000_i64).step_by(997) {
             let text: String = db
-                .query_row("SELECT datetime(?1 * 86400 + 45296, 'unixepoch')", [days], |r| {
-                    r.get(0)
-                })
+                .query_row(
+                    "SELECT datetime(?1 * 86400 + 45296, 'unixepoch')",
+                    [days],
+                    |r| r.get(0),
+                )
                 .unwrap();
             assert_eq!(
                 micros(text.as_bytes()),

@@ -195,9 +195,8 @@ impl Session {
         }
         let runtime = self.runtime.as_ref().ok_or(SessionError::Gone)?;
         let opts = self.opts.clone();
-        let connecting = runtime.block_on(async {
-            tokio::time::timeout(CONNECT_TIMEOUT, Conn::new(opts)).await
-        });
+        let connecting = runtime
+            .block_on(async { tokio::time::timeout(CONNECT_TIMEOUT, Conn::new(opts)).await });
         match connecting {
             Ok(conn) => {
                 self.conn = Some(conn?);

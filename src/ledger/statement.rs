@@ -396,8 +396,14 @@ mod tests {
                 "DELETE FROM app___t WHERE \"k\" = 'it''s' AND \"b\" = x'01'",
                 "DELETE FROM app___t WHERE \"k\" = '…' AND \"b\" = x'…'",
             ),
-            ("INSERT INTO t VALUES('never closed", "INSERT INTO t VALUES('…'"),
-            ("INSERT INTO t VALUES(\"never closed", "INSERT INTO t VALUES(\"…\""),
+            (
+                "INSERT INTO t VALUES('never closed",
+                "INSERT INTO t VALUES('…'",
+            ),
+            (
+                "INSERT INTO t VALUES(\"never closed",
+                "INSERT INTO t VALUES(\"…\"",
+            ),
             ("a  \n\t b", "a b"),
             ("SELECT \"a b\", `c`, [d]", "SELECT \"…\", `c`, [d]"),
             ("--- BEGIN", "--- BEGIN"),

@@ -45,7 +45,9 @@ pub enum OriginUrlError {
     #[error("the mysql:// origin cannot be used: {0}")]
     Option(String),
     /// A URL without a database name.
-    #[error("the mysql:// origin names no database; write mysql://user:password@host:3306/database")]
+    #[error(
+        "the mysql:// origin names no database; write mysql://user:password@host:3306/database"
+    )]
     NoDatabase,
     /// More than one path segment.
     #[error("the mysql:// origin has a '/' behind its database name; remove what follows it")]

@@ -9,8 +9,8 @@ use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use mysql_async::prelude::Queryable;
@@ -41,7 +41,10 @@ pub fn database() -> TestDatabase {
         NUMBER.fetch_add(1, Ordering::Relaxed)
     );
     // Data tables bring their character set; the database's default is an old server's.
-    run(None, &format!("CREATE DATABASE {name} CHARACTER SET latin1"));
+    run(
+        None,
+        &format!("CREATE DATABASE {name} CHARACTER SET latin1"),
+    );
     TestDatabase { name }
 }
 
@@ -239,8 +242,14 @@ fn launch(directory: &Path, data: &Path, init: &Path, user: &str) -> Option<u16>
         .arg(format!("--user={user}"))
         .args(["--bind-address=127.0.0.1", "--skip-networking=0"])
         .args(["--skip-name-resolve", "--skip-log-bin"])
-        .args(["--innodb-flush-log-at-trx-commit=2", "--innodb-use-native-aio=0"])
-        .args(["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=32M"])
+        .args([
+            "--innodb-flush-log-at-trx-commit=2",
+            "--innodb-use-native-aio=0",
+        ])
+        .args([
+            "--innodb-buffer-pool-size=64M",
+            "--innodb-log-file-size=32M",
+        ])
         .args(["--performance-schema=OFF", "--max-allowed-packet=64M"])
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
