@@ -1,7 +1,12 @@
 //! The command line: one file per command, and what they share: help, errors and exit codes.
 
+pub mod apply;
+pub mod delete;
 pub mod dev;
+pub mod init;
 pub mod mount;
+pub mod origin;
+pub mod put;
 pub mod secret;
 pub mod status;
 pub mod unmount;
@@ -79,6 +84,10 @@ Examples:
 #[derive(Subcommand)]
 enum Command {
     Dev(dev::DevArgs),
+    Init(init::InitArgs),
+    Apply(apply::ApplyArgs),
+    Put(put::PutArgs),
+    Delete(delete::DeleteArgs),
     Mount(mount::MountArgs),
     Unmount(unmount::UnmountArgs),
     Status(status::StatusArgs),
@@ -102,6 +111,10 @@ pub fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Dev(args) => dev::run(args),
+        Command::Init(args) => init::run(args),
+        Command::Apply(args) => apply::run(args),
+        Command::Put(args) => put::run(args),
+        Command::Delete(args) => delete::run(args),
         Command::Mount(args) => mount::run(args),
         Command::Unmount(args) => unmount::run(args),
         Command::Status(args) => status::run(args),

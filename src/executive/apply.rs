@@ -347,8 +347,8 @@ fn value(ty: FieldType, node: Node, directory: &Path) -> Result<Value, String> {
         (FieldType::String | FieldType::Text, Node::Integer(_) | Node::Huge | Node::Decimal(_)) => {
             found("a number; put it in quotes")
         }
-        (_, Node::Tagged(tagged)) => {
-            let (tag, text) = *tagged;
+        (_, Node::Notation(notation)) => {
+            let (tag, text) = *notation;
             let bytes = match tag.as_str() {
                 "hex" => unhex(&text)?,
                 "base64" => BASE64

@@ -12,7 +12,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
-use serde_saphyr::Spanned;
+use serde_saphyr::{Spanned, Tagged};
+
+/// YAML's own notation for bytes: base64.
+const BINARY_TAG: &str = "tag:yaml.org,2002:binary";
 
 /// A document, read but not compared with any origin yet.
 #[derive(Debug)]
@@ -96,8 +99,9 @@ pub(super) enum Node {
     Huge,
     Decimal(f64),
     Text(String),
-    /// A mapping of one entry, `{hex: "00ff"}`: how bytes are written.
-    Tagged(Box<(String, String)>),
+    /// A mapping of one entry, `{hex: "00ff"}`: how bytes are written. `!!binary` is one of
+    /// `base64`.
+    Notation(Box<(String, String)>),
     List,
     Mapping,
 }
@@ -111,7 +115,7 @@ impl fmt::Debug for Node {
             Node::Integer(_) | Node::Huge => "integer",
             Node::Decimal(_) => "decimal",
             Node::Text(_) => "text",
-            Node::Tagged(_) | Node::Mapping => "mapping",
+            Node::Notation(_) | Node::Mapping => "mapping",
             Node::List => "list",
         })
     }
@@ -159,6 +163,7 @@ impl Document {
         options.budget = None;
         options.emit_comments = false;
         options.strict_booleans = true;
+        options.ignore_binary_tag_for_string = true;
         options.leading_zero_numbers_as_strings = true;
         options.underscored_numbers_as_strings = true;
         options.alias_limits.max_total_replayed_events = usize::MAX;
@@ -253,6 +258,20 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Map<T> {
 
 impl<'de> Deserialize<'de> for Node {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Tagged(Untagged(node), tag) = Tagged::deserialize(deserializer)?;
+        Ok(match node {
+            Node::Text(text) if tag.as_deref() == Some(BINARY_TAG) => {
+                Node::Notation(Box::new(("base64".to_owned(), text)))
+            }
+            node => node,
+        })
+    }
+}
+
+struct Untagged(Node);
+
+impl<'de> Deserialize<'de> for Untagged {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Any;
 
         impl<'de> Visitor<'de> for Any {
@@ -309,7 +328,7 @@ impl<'de> Deserialize<'de> for Node {
                     more = true;
                 }
                 Ok(match first {
-                    Some((tag, Node::Text(text))) if !more => Node::Tagged(Box::new((tag, text))),
+                    Some((tag, Node::Text(text))) if !more => Node::Notation(Box::new((tag, text))),
                     // `{hex: 00ff}` and `{hex: 12}` are digits all the same, but which ones stood
                     // there is lost.
                     Some((tag, Node::Integer(_) | Node::Huge | Node::Decimal(_)))
@@ -322,7 +341,7 @@ impl<'de> Deserialize<'de> for Node {
             }
         }
 
-        deserializer.deserialize_any(Any)
+        deserializer.deserialize_any(Any).map(Untagged)
     }
 }
 
@@ -340,7 +359,8 @@ mod tests {
             "families:\n  app:\n    tables:\n      flags:\n        fields: {name: string, \
              enabled: integer, rollout: decimal, note: text}\n        key: [name]\n        \
              rows:\n          - {name: new-checkout, enabled: 1, rollout: 0.25, note: \"half of \
-             the EU\"}\n          - name: 007\n            enabled: 9007199254740993\n",
+             the EU\"}\n          - name: 007\n            enabled: 9007199254740993\n            \
+             note: !!binary AQ+/\n",
         )
         .unwrap();
         let (family, part) = &document.families.0[0];
@@ -359,6 +379,9 @@ mod tests {
             Node::Integer(9_007_199_254_740_993)
         ));
         assert_eq!(row[1].1.line, 10);
+        assert!(
+            matches!(&row[2].1.value, Node::Notation(n) if **n == ("base64".into(), "AQ+/".into()))
+        );
     }
 
     #[test]
