@@ -9,7 +9,7 @@ use clap::{Args, ValueHint};
 use super::{Error, secret};
 use crate::config::{self, Follow, Options};
 use crate::daemon::{self, Fork, Outcome, Reporter};
-use crate::ledger::{OriginUrl, OriginUrlError};
+use crate::ledger::OriginUrl;
 
 /// Mount config as files.
 ///
@@ -22,10 +22,10 @@ use crate::ledger::{OriginUrl, OriginUrlError};
 /// even if the origin is down. The daemon ends with 'ctlfs unmount', umount, SIGTERM or SIGINT.
 #[derive(Args)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
-#[command(group(clap::ArgGroup::new("source").required(true).args(["origin", "ldb"])))]
 pub struct MountArgs {
-    /// The ledger: mysql://user:password@host:3306/database or sqlite:///path/ledger.db.
-    #[arg(long, value_name = "URL", env = secret::ORIGIN_VARIABLE, hide_env_values = true)]
+    /// The ledger: mysql://user:password@host:3306/database or sqlite:///path/ledger.db
+    /// [env: CTLFS_ORIGIN, unless there is --ldb].
+    #[arg(long, value_name = "URL", conflicts_with = "ldb")]
     origin: Option<String>,
     /// A file that holds the origin's password.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -148,24 +148,31 @@ pub fn run(args: MountArgs) -> Result<(), Error> {
     }
 }
 
-fn origin(url: &str, password_file: Option<&Path>) -> Result<OriginUrl, OriginUrlError> {
-    let url: OriginUrl = url.parse()?;
-    match password_file {
-        Some(path) => url.with_password_file(path),
-        None => Ok(url),
+fn origin(url: &str, password_file: Option<&Path>) -> Result<OriginUrl, Error> {
+    let url: OriginUrl = url.parse().map_err(Error::usage)?;
+    match (password_file, &url) {
+        // A password file in the environment may be meant for another origin.
+        (None, _) | (Some(_), OriginUrl::Sqlite(_)) => Ok(url),
+        (Some(path), OriginUrl::MySql(_)) => url.with_password_file(path).map_err(Error::failed),
     }
 }
 
 impl MountArgs {
     fn validated(self) -> Result<config::Daemon, Error> {
-        let follow = match (self.ldb, self.origin) {
-            // An origin from the environment does not count against --ldb.
+        // clap would take the variable for an --origin that --ldb conflicts with.
+        let origin_url = match self.origin {
+            Some(url) => Some(url),
+            None => std::env::var(secret::ORIGIN_VARIABLE)
+                .ok()
+                .filter(|url| !url.is_empty()),
+        };
+        let follow = match (self.ldb, origin_url) {
             (Some(file), _) => Follow::Ldb {
                 file: config::absolute(&file).map_err(Error::usage)?,
                 check_interval: self.check_interval,
             },
             (None, Some(url)) => Follow::Origin {
-                url: origin(&url, self.password_file.as_deref()).map_err(Error::failed)?,
+                url: origin(&url, self.password_file.as_deref())?,
                 poll_interval: self.common.poll_interval,
             },
             (None, None) => return Err(Error::usage("give --origin URL or --ldb FILE")),

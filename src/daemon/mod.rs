@@ -202,7 +202,7 @@ fn watch_signals(
 /// Where the tree's data comes from, opened and checked as far as it must be before mounting.
 enum Feed {
     Reflected {
-        ldb: wiring::Ldb,
+        ldb: Box<wiring::Ldb>,
         origin: Box<dyn Origin>,
         poll_interval: Duration,
     },
@@ -224,7 +224,7 @@ impl Feed {
                 Ok(Feed::Foreign(file.clone()))
             }
             Follow::Origin { url, poll_interval } => {
-                let ldb = wiring::open_ldb(state.join("ldb.db"))?;
+                let ldb = Box::new(wiring::open_ldb(state.join("ldb.db"))?);
                 let mut origin = wiring::open_origin(url)?;
                 if start_of(&ldb) == Start::Empty {
                     // Without config of its own a mount would only hide a wrong URL.
@@ -312,7 +312,7 @@ impl Live {
             live.start = start_of(&ldb);
             let events = events.clone();
             let running =
-                wiring::reflect(origin, ldb, &mounted, board, poll_interval, move || {
+                wiring::reflect(origin, *ldb, &mounted, board, poll_interval, move || {
                     let _ = events.send(Event::ReflectorEnded);
                 })?;
             live.reflector = Some(running);

@@ -1,0 +1,426 @@
+//! The life of a mount: start, refusal, end, and what is left after each way to end.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub
+)]
+
+mod common {
+    pub mod daemon;
+}
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use common::daemon::{
+    Daemon, Place, ctlfs, is_alive, mounts_on, stderr, stdout, wait_until, wait_within,
+};
+use serde_json::Value as Json;
+
+const DOCUMENT: &str = "
+families:
+  app:
+    tables:
+      flags:
+        fields: {name: string, enabled: integer}
+        key: [name]
+        rows:
+          - {name: one, enabled: 1}
+";
+
+/// A place whose ledger holds `app/flags/one`.
+fn place() -> Place {
+    let place = Place::new();
+    let file = place.root().join("config.yaml");
+    fs::write(&file, DOCUMENT).unwrap();
+    let file = file.to_str().unwrap();
+    ok(&ctlfs_at(&place, &["init"]));
+    ok(&ctlfs_at(&place, &["apply", "-f", file]));
+    place
+}
+
+/// Runs a command with the place's origin.
+fn ctlfs_at(place: &Place, args: &[&str]) -> Output {
+    let origin = place.origin();
+    ctlfs()
+        .args(args)
+        .args(["--origin", &origin])
+        .output()
+        .unwrap()
+}
+
+#[track_caller]
+fn ok(output: &Output) {
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(output));
+}
+
+/// A mount in the background: its process is not our child, so it is killed by number.
+struct Background<'a> {
+    place: &'a Place,
+    pid: u32,
+}
+
+impl<'a> Background<'a> {
+    fn start(place: &'a Place) -> Self {
+        let output = Self::try_start(place, &place.state());
+        ok(&output);
+        let status = ctlfs_status(place);
+        let pid = status["pid"].as_u64().unwrap().try_into().unwrap();
+        Background { place, pid }
+    }
+
+    fn try_start(place: &Place, state: &Path) -> Output {
+        ctlfs()
+            .args(["mount", "--poll-interval", "10ms", "--origin"])
+            .arg(place.origin())
+            .arg("--state")
+            .arg(state)
+            .arg(place.mountpoint())
+            .output()
+            .unwrap()
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: kill takes no pointers; the number is that of the daemon this test started.
+        unsafe { libc::kill(self.pid.try_into().unwrap(), signal) };
+    }
+
+    fn wait_gone(&self) {
+        wait_until("the daemon is gone", || !is_alive(self.pid));
+        assert!(mounts_on(&self.place.mountpoint()).is_empty());
+    }
+}
+
+impl Drop for Background<'_> {
+    fn drop(&mut self) {
+        if is_alive(self.pid) {
+            self.signal(libc::SIGKILL);
+        }
+    }
+}
+
+fn ctlfs_status(place: &Place) -> Json {
+    let text = fs::read(place.mountpoint().join(".ctlfs/status.json")).unwrap();
+    serde_json::from_slice(&text).unwrap()
+}
+
+fn enabled(place: &Place) -> String {
+    fs::read_to_string(place.mountpoint().join("app/flags/one/enabled")).unwrap()
+}
+
+fn unmount(place: &Place) -> Output {
+    ctlfs()
+        .arg("unmount")
+        .arg(place.mountpoint())
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_mount_goes_to_the_background_and_comes_back_down() {
+    let place = place();
+    let daemon = Background::start(&place);
+    assert_eq!(enabled(&place), "1");
+
+    let put = ["put", "app/flags", "name=one", "enabled=7"];
+    ok(&ctlfs_at(&place, &put));
+    wait_until("the change is visible", || enabled(&place) == "7");
+
+    let shown = ctlfs()
+        .arg("status")
+        .arg(place.mountpoint())
+        .output()
+        .unwrap();
+    ok(&shown);
+    assert!(
+        stdout(&shown).contains("health       ok"),
+        "{}",
+        stdout(&shown)
+    );
+    let json = ctlfs()
+        .args(["status", "--json"])
+        .arg(place.mountpoint())
+        .output()
+        .unwrap();
+    let json: Json = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json["health"], "ok");
+    assert_eq!(json["counts"]["tables"], 1);
+    assert_eq!(json["behind"], 0);
+
+    ok(&unmount(&place));
+    // Not "will be": unmount waits for it.
+    assert!(!is_alive(daemon.pid));
+    assert!(mounts_on(&place.mountpoint()).is_empty());
+}
+
+#[test]
+fn a_second_mount_is_refused() {
+    let place = place();
+    let first = Background::start(&place);
+    let said = stderr(&Background::try_start(&place, &place.root().join("other")));
+    assert!(said.contains("it is already a ctlfs mount"), "{said}");
+    assert!(said.contains(&format!("(pid {})", first.pid)), "{said}");
+    assert!(said.contains("'ctlfs unmount "), "{said}");
+
+    let elsewhere = Place::new();
+    let output = ctlfs()
+        .args(["mount", "--origin", &place.origin(), "--state"])
+        .arg(place.state())
+        .arg(elsewhere.mountpoint())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = stderr(&output);
+    assert!(
+        said.contains(&format!("daemon (pid {})", first.pid)),
+        "{said}"
+    );
+    assert!(mounts_on(&elsewhere.mountpoint()).is_empty());
+    assert_eq!(enabled(&place), "1");
+    ok(&unmount(&place));
+}
+
+#[test]
+fn signals_end_a_daemon_even_while_files_are_open() {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let place = place();
+        let daemon = Background::start(&place);
+        let mut open = File::open(place.mountpoint().join("app/flags/one/row.json")).unwrap();
+        let mut byte = [0];
+        open.read_exact(&mut byte).unwrap();
+        daemon.signal(signal);
+        daemon.wait_gone();
+        // The lock went with it.
+        let again = Background::start(&place);
+        ok(&unmount(&place));
+        again.wait_gone();
+    }
+}
+
+#[test]
+fn a_busy_mount_is_unmounted_all_the_same() {
+    let place = place();
+    let daemon = Background::start(&place);
+    let open = File::open(place.mountpoint().join("app/flags/one/row.json")).unwrap();
+    let output = unmount(&place);
+    ok(&output);
+    assert!(stderr(&output).contains("is in use"), "{}", stderr(&output));
+    assert!(!is_alive(daemon.pid));
+    assert!(mounts_on(&place.mountpoint()).is_empty());
+    drop(open);
+}
+
+#[test]
+fn an_unmount_from_outside_ends_the_daemon() {
+    let place = place();
+    let daemon = Background::start(&place);
+    let status = std::process::Command::new("umount")
+        .arg(place.mountpoint())
+        .status()
+        .unwrap();
+    assert!(status.success());
+    daemon.wait_gone();
+}
+
+#[test]
+fn a_dead_daemons_mount_is_replaced() {
+    let place = place();
+    let daemon = Background::start(&place);
+    daemon.signal(libc::SIGKILL);
+    wait_until("it is dead", || !is_alive(daemon.pid));
+
+    let shown = ctlfs()
+        .arg("status")
+        .arg(place.mountpoint())
+        .output()
+        .unwrap();
+    assert_eq!(shown.status.code(), Some(2));
+    assert!(
+        stderr(&shown).contains("a stale mount"),
+        "{}",
+        stderr(&shown)
+    );
+
+    let output = Background::try_start(&place, &place.state());
+    ok(&output);
+    assert!(
+        stderr(&output).contains("removed the stale mount of a dead daemon"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(mounts_on(&place.mountpoint()).len(), 1);
+    assert_eq!(enabled(&place), "1");
+    ok(&unmount(&place));
+}
+
+#[test]
+fn a_dead_daemons_mount_can_be_unmounted() {
+    let place = place();
+    let daemon = Background::start(&place);
+    daemon.signal(libc::SIGKILL);
+    wait_until("it is dead", || !is_alive(daemon.pid));
+    ok(&unmount(&place));
+    assert!(mounts_on(&place.mountpoint()).is_empty());
+}
+
+#[test]
+fn config_is_readable_while_the_origin_is_gone() {
+    let place = place();
+    let daemon = Background::start(&place);
+    ok(&unmount(&place));
+    daemon.wait_gone();
+
+    let away = place.root().join("away.db");
+    fs::rename(place.ledger(), &away).unwrap();
+    let output = Background::try_start(&place, &place.state());
+    ok(&output);
+    assert!(
+        stderr(&output).contains("cannot reach sqlite://"),
+        "{}",
+        stderr(&output)
+    );
+    assert_eq!(enabled(&place), "1");
+    let shown = ctlfs()
+        .arg("status")
+        .arg(place.mountpoint())
+        .output()
+        .unwrap();
+    assert_eq!(shown.status.code(), Some(1));
+    assert!(stdout(&shown).contains("stale"), "{}", stdout(&shown));
+
+    fs::rename(&away, place.ledger()).unwrap();
+    wait_until("it is in contact again", || {
+        ctlfs_status(&place)["health"] == "ok"
+    });
+    ok(&unmount(&place));
+}
+
+#[test]
+fn without_config_the_origin_must_answer() {
+    let place = Place::new();
+    let output = Background::try_start(&place, &place.state());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("cannot reach sqlite://"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(mounts_on(&place.mountpoint()).is_empty());
+
+    File::create(place.ledger()).unwrap();
+    let output = Background::try_start(&place, &place.state());
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        stderr(&output).contains("ctlfs init"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(mounts_on(&place.mountpoint()).is_empty());
+}
+
+#[test]
+fn an_ldb_of_somebody_else_is_mounted_as_it_is() {
+    let place = place();
+    let first = Background::start(&place);
+    let other = Place::new();
+    let mut command = ctlfs();
+    command
+        .args(["mount", "--foreground", "--check-interval", "10ms", "--ldb"])
+        .arg(place.state().join("ldb.db"))
+        .arg("--state")
+        .arg(other.state())
+        .arg(other.mountpoint())
+        // One for other commands must not get in the way.
+        .env("CTLFS_ORIGIN", place.origin());
+    let mut second = Daemon::start(command, &other.mountpoint());
+    assert_eq!(enabled(&other), "1");
+    let status = second.status();
+    assert_eq!(
+        (&status["mode"], &status["health"]),
+        (&"ldb".into(), &"ok".into())
+    );
+    assert_eq!(status["origin"], Json::Null);
+    ok(&ctlfs_at(
+        &place,
+        &["put", "app/flags", "name=one", "enabled=2"],
+    ));
+    wait_until("the change is visible in both", || {
+        enabled(&place) == "2" && enabled(&other) == "2"
+    });
+    second.signal(libc::SIGTERM);
+    assert_eq!(second.wait(), Some(0));
+    ok(&unmount(&place));
+    first.wait_gone();
+}
+
+#[test]
+fn dev_shows_the_sample_and_cleans_up() {
+    let place = Place::new();
+    let tree = place.root().join("tree");
+    let mut command = ctlfs();
+    command
+        .args(["dev", "--sample", "--poll-interval", "10ms"])
+        .arg(&tree)
+        .stdout(Stdio::piped());
+    let mut dev = Dev(command.spawn().unwrap(), tree.clone());
+    let printed = BufReader::new(dev.0.stdout.take().unwrap());
+    let commands: Vec<String> = printed
+        .lines()
+        .map_while(Result::ok)
+        .filter(|line| line.starts_with("  "))
+        .take(4)
+        .collect();
+    assert_eq!(commands.len(), 4);
+    // They work as they are printed.
+    for command in &commands {
+        let output = std::process::Command::new("sh")
+            .args(["-c", command])
+            .output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{command}: {}", stderr(&output));
+    }
+    let read = |path: &str| fs::read(tree.join(path)).unwrap();
+    wait_within(Duration::from_secs(10), "the put is visible", || {
+        read("app/flags/new-checkout/enabled") == b"0"
+    });
+    assert_eq!(read("app/flags/new-checkout/rollout"), b"0.25");
+    assert_eq!(
+        read("edge/routes/eu/%2Fapi%2Fv2%2Forders/backend"),
+        b"orders-eu"
+    );
+    assert_eq!(
+        read("tls/certs/www.example.com/fingerprint"),
+        [0xde, 0xad, 0xbe, 0xef, 0, 1, 2, 3, 0xff]
+    );
+    assert!(read("tls/certs/www.example.com/certificate").starts_with(b"-----BEGIN"));
+    assert_eq!(read("tls/revoked/0x01020304/reason"), b"keyCompromise");
+
+    dev.signal(libc::SIGINT);
+    let status = dev.0.wait().unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert!(mounts_on(&tree).is_empty());
+    assert!(!tree.exists(), "dev created it, so dev removes it");
+    assert!(place.root().join("tree.state/ledger.db").exists());
+}
+
+/// A `ctlfs dev`, killed and detached however the test ends.
+struct Dev(std::process::Child, std::path::PathBuf);
+
+impl Dev {
+    fn signal(&self, signal: i32) {
+        // SAFETY: kill takes no pointers; the process is our child and not yet waited for.
+        unsafe { libc::kill(self.0.id().try_into().unwrap(), signal) };
+    }
+}
+
+impl Drop for Dev {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        common::daemon::detach_all(&self.1);
+    }
+}
