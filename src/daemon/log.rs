@@ -55,7 +55,8 @@ struct Libraries;
 
 impl log::Log for Libraries {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::Level::Warn
+        // fuser unmounts once more at its end and warns that there is nothing left to unmount.
+        metadata.level() <= log::Level::Warn && metadata.target() != "fuser::mnt"
     }
 
     fn log(&self, record: &log::Record<'_>) {

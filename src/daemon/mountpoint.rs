@@ -6,6 +6,7 @@
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -239,11 +240,22 @@ fn lock(path: &Path) -> Result<Option<File>, MountpointError> {
 
 /// Whether the mount on `path` has lost its daemon.
 pub(crate) fn is_stale(path: &Path) -> bool {
-    let path = path.to_owned();
+    let Ok(name) = c_path(path) else {
+        return false;
+    };
+    // A stat could be answered from the kernel's cache, which outlives a daemon; statfs always asks.
     // A daemon that does not answer in time is alive, if not well.
     deadline::call(ASK, move || {
-        fs::symlink_metadata(path)
-            .is_err_and(|error| matches!(error.raw_os_error(), Some(libc::ENOTCONN)))
+        let mut about = MaybeUninit::<libc::statfs>::uninit();
+        // SAFETY: `name` is NUL-terminated, `about` is writable, and both outlive the call.
+        let failed = unsafe { libc::statfs(name.as_ptr(), about.as_mut_ptr()) } != 0;
+        let error = io::Error::last_os_error();
+        // The second one is for a request that was waiting when the daemon died.
+        failed
+            && matches!(
+                error.raw_os_error(),
+                Some(libc::ENOTCONN | libc::ECONNABORTED)
+            )
     })
     .unwrap_or(false)
 }
