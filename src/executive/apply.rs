@@ -357,7 +357,9 @@ fn value(ty: FieldType, node: Node, directory: &Path) -> Result<Value, String> {
                 "file" => std::fs::read(directory.join(&text))
                     .map_err(|e| format!("cannot read the file {text:?}: {e}"))?,
                 _ => {
-                    return found("a mapping; bytes are written {hex: …}, {base64: …} or {file: …}");
+                    return found(
+                        "a mapping; bytes are written {hex: …}, {base64: …} or {file: …}",
+                    );
                 }
             };
             match ty {

@@ -127,7 +127,7 @@ async fn read_entries(conn: &mut Conn, sql: &str, limit: usize) -> Result<Answer
             }
         }
         if found.bytes >= MAX_ANSWER_BYTES
-            || (found.entries.len() % 256 == 0 && started.elapsed() > MAX_ANSWER_TIME)
+            || (found.entries.len().is_multiple_of(256) && started.elapsed() > MAX_ANSWER_TIME)
         {
             found.unread = found.entries.len() < limit;
             break;

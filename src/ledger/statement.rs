@@ -362,7 +362,7 @@ mod tests {
             let expected = match value {
                 Value::Text(t) if t.contains(&0) => Value::Blob(t),
                 // SQLite stores a REAL without a fraction as an integer, which has no minus zero.
-                Value::Real(r) if r == 0.0 => Value::Real(0.0),
+                Value::Real(0.0) => Value::Real(0.0),
                 other => other,
             };
             if let (Value::Real(a), Value::Real(b)) = (&back, &expected) {

@@ -283,7 +283,7 @@ fn launch(directory: &Path, data: &Path, init: &Path, user: &str) -> Option<u16>
 fn watch(directory: &Path) {
     // The watcher's standard input ends when this process does; nothing is ever written to it.
     let script = "cat >/dev/null; kill -9 $(cat \"$0/server\"); rm -rf \"$0\"";
-    let mut watcher = Command::new("sh")
+    let watcher = Command::new("sh")
         .args(["-c", script])
         .arg(directory)
         .stdin(Stdio::piped())
@@ -293,7 +293,7 @@ fn watch(directory: &Path) {
         .spawn()
         .unwrap();
     // Kept open until the process ends; other children do not inherit it.
-    std::mem::forget(watcher.stdin.take());
+    std::mem::forget(watcher);
 }
 
 fn find(program: &str) -> PathBuf {
