@@ -5,67 +5,12 @@
 
 mod common;
 
-use common::mariadb::{self, TestDatabase};
+use common::central::{Place, on_both};
+use common::mariadb;
 use ctlfs::executive::{Effect, Executive, ExecutiveError, Mutation};
-use ctlfs::ledger::{self, Entry, Origin, OriginError, OriginUrl};
+use ctlfs::ledger::{self, OriginError, OriginUrl};
 use ctlfs::model::{Field, FieldName, FieldType, Seq, TableRef, TableSchema, Value};
 use rusqlite::Connection;
-
-/// A place for a central database.
-enum Place {
-    Embedded(tempfile::TempDir),
-    MySql(TestDatabase),
-}
-
-impl Place {
-    fn url(&self) -> OriginUrl {
-        match self {
-            Place::Embedded(dir) => OriginUrl::sqlite(&dir.path().join("ledger.db")).unwrap(),
-            Place::MySql(database) => database.url().parse().unwrap(),
-        }
-    }
-
-    fn executive(&self) -> Executive {
-        Executive::open(&self.url()).unwrap()
-    }
-
-    fn origin(&self) -> Box<dyn Origin> {
-        ledger::open(&self.url()).unwrap()
-    }
-
-    /// Everything in the ledger.
-    fn entries(&self) -> Vec<Entry> {
-        let mut origin = self.origin();
-        let mut all: Vec<Entry> = Vec::new();
-        loop {
-            let from = all.last().map_or(Seq::ZERO, |e| e.seq).next();
-            let more = origin.fetch(from).unwrap();
-            if more.is_empty() {
-                return all;
-            }
-            all.extend(more);
-        }
-    }
-
-    fn statements(&self) -> Vec<String> {
-        self.entries().into_iter().map(|e| e.statement).collect()
-    }
-
-    fn run(&self, sql: &str) {
-        match self {
-            Place::Embedded(dir) => Connection::open(dir.path().join("ledger.db"))
-                .unwrap()
-                .execute_batch(sql)
-                .unwrap(),
-            Place::MySql(database) => database.run(sql),
-        }
-    }
-}
-
-fn on_both(scenario: impl Fn(&Place)) {
-    scenario(&Place::Embedded(tempfile::tempdir().unwrap()));
-    scenario(&Place::MySql(mariadb::database()));
-}
 
 fn table() -> TableRef {
     "app/flags".parse().unwrap()
