@@ -286,6 +286,20 @@ fn the_commands_change_what_they_say() {
 }
 
 #[test]
+fn a_password_can_come_from_a_file() {
+    let database = mariadb::database();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), format!("{}\n", database.password())).unwrap();
+    let origin = database.url_with_password("wrong");
+    let init = |args: &[&str]| cli::init::run(parse(&origin, args));
+    let denied = init(&[]).unwrap_err().to_string();
+    assert!(denied.contains("refused the login"), "{denied}");
+    init(&["--password-file", file.path().to_str().unwrap()]).unwrap();
+    let missing = init(&["--password-file", "/no/such/file"]).unwrap_err();
+    assert!(missing.to_string().contains("/no/such/file"), "{missing}");
+}
+
+#[test]
 fn a_wrong_origin_is_a_usage_error_without_the_password() {
     for (origin, part) in [
         ("postgres://me:hunter2@h/db", "not a URL ctlfs knows"),

@@ -449,6 +449,42 @@ fn a_failed_ddl_leaves_no_trace() {
 }
 
 #[test]
+fn a_connection_that_broke_is_made_again() {
+    let database = mariadb::database();
+    let origin_url: OriginUrl = database.url().parse().unwrap();
+    let place = Place::MySql(database);
+    let Place::MySql(database) = &place else {
+        unreachable!()
+    };
+    let mut executive = with_flags(&place);
+    let mut origin = ledger::open(&origin_url).unwrap();
+    for i in 0..3 {
+        executive
+            .mutate(&[put(&[
+                ("name", Value::text("a")),
+                ("enabled", Value::Integer(i)),
+            ])])
+            .unwrap();
+        assert_eq!(origin.fetch(Seq::new(1)).unwrap(), place.entries());
+        database.hang_up();
+    }
+}
+
+#[test]
+fn a_server_that_never_answers_is_given_up() {
+    // The kernel completes the connection; nobody ever speaks on it.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("mysql://me:hunter2@{}/ctldb", silent.local_addr().unwrap());
+    let start = std::time::Instant::now();
+    let error = ledger::open(&url.parse().unwrap())
+        .unwrap()
+        .last_seq()
+        .unwrap_err();
+    assert!(matches!(error, OriginError::Unreachable { .. }), "{error}");
+    assert!(start.elapsed() < std::time::Duration::from_secs(20));
+}
+
+#[test]
 fn large_answers_come_in_parts() {
     on_both(|place| {
         let mut executive = with_flags(place);

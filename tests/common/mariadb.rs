@@ -75,6 +75,24 @@ impl TestDatabase {
         )
     }
 
+    /// The password in [`TestDatabase::url`].
+    pub fn password(&self) -> &'static str {
+        &server().password
+    }
+
+    /// Ends every connection to the database, as a restart of the server does.
+    pub fn hang_up(&self) {
+        for id in self.query(&format!(
+            "SELECT id FROM information_schema.processlist WHERE db = '{}' \
+             AND id <> CONNECTION_ID()",
+            self.name
+        )) {
+            if let Some(Some(id)) = id.first() {
+                run(None, &format!("KILL {id}"));
+            }
+        }
+    }
+
     /// The database's name.
     pub fn name(&self) -> &str {
         &self.name
