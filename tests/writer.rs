@@ -5,67 +5,12 @@
 
 mod common;
 
-use common::mariadb::{self, TestDatabase};
+use common::central::{Place, on_both};
+use common::mariadb;
 use ctlfs::executive::{Effect, Executive, ExecutiveError, Mutation};
-use ctlfs::ledger::{self, Entry, Origin, OriginError, OriginUrl};
+use ctlfs::ledger::{self, OriginError, OriginUrl};
 use ctlfs::model::{Field, FieldName, FieldType, Seq, TableRef, TableSchema, Value};
 use rusqlite::Connection;
-
-/// A place for a central database.
-enum Place {
-    Embedded(tempfile::TempDir),
-    MySql(TestDatabase),
-}
-
-impl Place {
-    fn url(&self) -> OriginUrl {
-        match self {
-            Place::Embedded(dir) => OriginUrl::sqlite(&dir.path().join("ledger.db")).unwrap(),
-            Place::MySql(database) => database.url().parse().unwrap(),
-        }
-    }
-
-    fn executive(&self) -> Executive {
-        Executive::open(&self.url()).unwrap()
-    }
-
-    fn origin(&self) -> Box<dyn Origin> {
-        ledger::open(&self.url()).unwrap()
-    }
-
-    /// Everything in the ledger.
-    fn entries(&self) -> Vec<Entry> {
-        let mut origin = self.origin();
-        let mut all: Vec<Entry> = Vec::new();
-        loop {
-            let from = all.last().map_or(Seq::ZERO, |e| e.seq).next();
-            let more = origin.fetch(from).unwrap();
-            if more.is_empty() {
-                return all;
-            }
-            all.extend(more);
-        }
-    }
-
-    fn statements(&self) -> Vec<String> {
-        self.entries().into_iter().map(|e| e.statement).collect()
-    }
-
-    fn run(&self, sql: &str) {
-        match self {
-            Place::Embedded(dir) => Connection::open(dir.path().join("ledger.db"))
-                .unwrap()
-                .execute_batch(sql)
-                .unwrap(),
-            Place::MySql(database) => database.run(sql),
-        }
-    }
-}
-
-fn on_both(scenario: impl Fn(&Place)) {
-    scenario(&Place::Embedded(tempfile::tempdir().unwrap()));
-    scenario(&Place::MySql(mariadb::database()));
-}
 
 fn table() -> TableRef {
     "app/flags".parse().unwrap()
@@ -501,6 +446,42 @@ fn a_failed_ddl_leaves_no_trace() {
         .unwrap_err();
     assert_eq!(place.entries().len(), length);
     assert_eq!(executive.schema(&wide).unwrap(), None);
+}
+
+#[test]
+fn a_connection_that_broke_is_made_again() {
+    let database = mariadb::database();
+    let origin_url: OriginUrl = database.url().parse().unwrap();
+    let place = Place::MySql(database);
+    let Place::MySql(database) = &place else {
+        unreachable!()
+    };
+    let mut executive = with_flags(&place);
+    let mut origin = ledger::open(&origin_url).unwrap();
+    for i in 0..3 {
+        executive
+            .mutate(&[put(&[
+                ("name", Value::text("a")),
+                ("enabled", Value::Integer(i)),
+            ])])
+            .unwrap();
+        assert_eq!(origin.fetch(Seq::new(1)).unwrap(), place.entries());
+        database.hang_up();
+    }
+}
+
+#[test]
+fn a_server_that_never_answers_is_given_up() {
+    // The kernel completes the connection; nobody ever speaks on it.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("mysql://me:hunter2@{}/ctldb", silent.local_addr().unwrap());
+    let start = std::time::Instant::now();
+    let error = ledger::open(&url.parse().unwrap())
+        .unwrap()
+        .last_seq()
+        .unwrap_err();
+    assert!(matches!(error, OriginError::Unreachable { .. }), "{error}");
+    assert!(start.elapsed() < std::time::Duration::from_secs(20));
 }
 
 #[test]

@@ -49,12 +49,15 @@ impl EmbeddedCentral {
 
     fn error(&self, error: &rusqlite::Error) -> StepError {
         match error.sqlite_error_code() {
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
-                StepError::Conflict(format!(
-                    "another process has kept it locked for {} s",
+            // Not tried again: SQLite has waited already.
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => ExecutiveError::Conflict {
+                origin: self.describe(),
+                reason: format!(
+                    "another process kept it locked for {} s",
                     BUSY_TIMEOUT.as_secs()
-                ))
+                ),
             }
+            .into(),
             Some(ErrorCode::ReadOnly) => OriginError::Failed {
                 origin: self.describe(),
                 reason: "the file cannot be written by this user".into(),
@@ -115,7 +118,14 @@ impl Central for EmbeddedCentral {
             .into());
         }
         // Readers and a writer do not wait for each other in WAL mode, which stays with the file.
-        self.with(|db| db.execute_batch("PRAGMA journal_mode = WAL; BEGIN IMMEDIATE"))?;
+        self.with(|db| db.execute_batch("PRAGMA journal_mode = WAL; BEGIN IMMEDIATE"))
+            .map_err(|e| match e {
+                // The switch to WAL does not wait for another process that is just doing it.
+                StepError::Failed(ExecutiveError::Conflict { reason, .. }) => {
+                    StepError::Conflict(reason)
+                }
+                other => other,
+            })?;
         let made = self.with(|db| {
             let mut made = Vec::new();
             for table in &TABLES {

@@ -11,9 +11,7 @@ pub enum ExecutiveError {
     #[error(transparent)]
     Origin(#[from] OriginError),
     /// Other writers kept winning.
-    #[error(
-        "{origin} kept refusing the transaction because of other writers ({reason}); try again"
-    )]
+    #[error("{origin} refused the transaction because of other writers: {reason}; try again")]
     Conflict {
         /// The origin, without its password.
         origin: String,

@@ -196,23 +196,22 @@ impl Origin for EmbeddedOrigin {
 /// Decodes a row; the inner error says what is wrong without the statement.
 fn entry(row: &Row<'_>) -> rusqlite::Result<Result<Entry, String>> {
     let seq: i64 = row.get(0)?;
+    // A time that cannot be read, which nothing depends on, counts as the epoch, as in MySQL.
     let time = match row.get_ref(1)? {
-        ValueRef::Text(text) => micros(text),
-        ValueRef::Null => Some(0),
-        _ => None,
+        ValueRef::Text(text) => micros(text).unwrap_or(0),
+        _ => 0,
     };
     let statement = match row.get_ref(2)? {
         ValueRef::Text(text) | ValueRef::Blob(text) => std::str::from_utf8(text).ok(),
         _ => None,
     };
-    Ok(match (time, statement) {
-        (Some(time), Some(statement)) => Ok(Entry {
+    Ok(match statement {
+        Some(statement) => Ok(Entry {
             seq: Seq::from_sql(seq),
             time: LedgerTime::from_micros(time),
             statement: statement.to_owned(),
         }),
-        (None, _) => Err(format!("the time of ledger entry {seq} is no time")),
-        (_, None) => Err(format!("the statement of ledger entry {seq} is not text")),
+        None => Err(format!("the statement of ledger entry {seq} is not text")),
     })
 }
 

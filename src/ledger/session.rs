@@ -57,7 +57,7 @@ impl SessionError {
     /// Whether the connection cannot be used any more.
     fn is_fatal(&self) -> bool {
         match self {
-            SessionError::Database(e) => e.is_fatal(),
+            SessionError::Database(e) => e.is_fatal() || self.code().is_some_and(hangs_up),
             SessionError::Silent | SessionError::Gone => true,
         }
     }
@@ -96,7 +96,7 @@ impl SessionError {
                 };
                 match e.code {
                     // Too many connections, server shutting down, connection killed.
-                    1040 | 1053 | 1152 | 1203 | 1226 | 1927 => {
+                    1040 | 1053 | 1152 | 1203 | 1226 | 1927 | 4031 => {
                         OriginError::Unreachable { origin, reason }
                     }
                     1044 | 1045 | 1130 | 1142 | 1143 | 1227 | 1251 | 1698 | 1820 | 1862 | 4151 => {
@@ -124,6 +124,11 @@ impl SessionError {
             },
         }
     }
+}
+
+/// Errors with which a server ends a connection: shutdown, killed, idle for too long.
+fn hangs_up(code: u16) -> bool {
+    matches!(code, 1053 | 1152 | 1927 | 4031)
 }
 
 /// Errors whose text quotes values or a part of the statement: duplicate entry, syntax, wrong
@@ -236,7 +241,7 @@ impl Session {
         let reused = self.is_connected();
         self.connect()?;
         match self.run(&work) {
-            Err(SessionError::Database(Error::Io(_) | Error::Driver(_))) if reused => {
+            Err(SessionError::Database(_)) if reused && !self.is_connected() => {
                 self.connect()?;
                 self.run(&work)
             }

@@ -6,6 +6,7 @@
 
 use std::fmt::Write;
 
+use super::{BEGIN_MARKER, COMMIT_MARKER};
 use crate::model::{Field, TableRef, TableSchema, Value};
 
 /// The longest head that [`head`] gives, in characters.
@@ -160,8 +161,13 @@ fn push_decimal(out: &mut String, value: f64) {
 
 /// The beginning of a statement for a log or `status.json`, with every literal in quotes replaced
 /// by `'…'` or `x'…'`: at most [`MAX_HEAD`] characters, on one line. Numbers and names may stay.
-/// What follows a quote that is never closed is hidden.
+/// What follows a quote that is never closed is hidden, and so are comments: an apostrophe in one
+/// would turn the rest inside out.
 pub fn head(statement: &str) -> String {
+    let marker = statement.trim();
+    if marker == BEGIN_MARKER || marker == COMMIT_MARKER {
+        return marker.to_owned();
+    }
     let mut out = Head::default();
     let mut rest = statement.chars().peekable();
     while let Some(c) = rest.next() {
@@ -179,6 +185,25 @@ pub fn head(statement: &str) -> String {
                         }
                         Some('\'') | None => break,
                         Some(_) => {}
+                    }
+                }
+            }
+            '-' if rest.peek() == Some(&'-') => {
+                out.push_str("--…");
+                rest.by_ref().find(|c| *c == '\n');
+                out.push_space();
+            }
+            '#' => {
+                out.push_str("#…");
+                rest.by_ref().find(|c| *c == '\n');
+                out.push_space();
+            }
+            '/' if rest.peek() == Some(&'*') => {
+                rest.next();
+                out.push_str("/*…*/");
+                while let Some(inner) = rest.next() {
+                    if inner == '*' && rest.next_if_eq(&'/').is_some() {
+                        break;
                     }
                 }
             }
@@ -362,7 +387,7 @@ mod tests {
             let expected = match value {
                 Value::Text(t) if t.contains(&0) => Value::Blob(t),
                 // SQLite stores a REAL without a fraction as an integer, which has no minus zero.
-                Value::Real(r) if r == 0.0 => Value::Real(0.0),
+                Value::Real(0.0) => Value::Real(0.0),
                 other => other,
             };
             if let (Value::Real(a), Value::Real(b)) = (&back, &expected) {
@@ -407,6 +432,18 @@ mod tests {
             ("a  \n\t b", "a b"),
             ("SELECT \"a b\", `c`, [d]", "SELECT \"…\", `c`, [d]"),
             ("--- BEGIN", "--- BEGIN"),
+            (
+                "-- don't\nDELETE FROM t WHERE a='secret'",
+                "--… DELETE FROM t WHERE a='…'",
+            ),
+            (
+                "/* don't **/ DELETE FROM t WHERE a='secret'-1",
+                "/*…*/ DELETE FROM t WHERE a='…'-1",
+            ),
+            (
+                "DELETE FROM t # don't\n; SELECT 'secret'",
+                "DELETE FROM t #… ; SELECT '…'",
+            ),
         ] {
             assert_eq!(head(statement), expected);
         }

@@ -75,6 +75,24 @@ impl TestDatabase {
         )
     }
 
+    /// The password in [`TestDatabase::url`].
+    pub fn password(&self) -> &'static str {
+        &server().password
+    }
+
+    /// Ends every connection to the database, as a restart of the server does.
+    pub fn hang_up(&self) {
+        for id in self.query(&format!(
+            "SELECT id FROM information_schema.processlist WHERE db = '{}' \
+             AND id <> CONNECTION_ID()",
+            self.name
+        )) {
+            if let Some(Some(id)) = id.first() {
+                run(None, &format!("KILL {id}"));
+            }
+        }
+    }
+
     /// The database's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -283,7 +301,7 @@ fn launch(directory: &Path, data: &Path, init: &Path, user: &str) -> Option<u16>
 fn watch(directory: &Path) {
     // The watcher's standard input ends when this process does; nothing is ever written to it.
     let script = "cat >/dev/null; kill -9 $(cat \"$0/server\"); rm -rf \"$0\"";
-    let mut watcher = Command::new("sh")
+    let watcher = Command::new("sh")
         .args(["-c", script])
         .arg(directory)
         .stdin(Stdio::piped())
@@ -293,7 +311,7 @@ fn watch(directory: &Path) {
         .spawn()
         .unwrap();
     // Kept open until the process ends; other children do not inherit it.
-    std::mem::forget(watcher.stdin.take());
+    std::mem::forget(watcher);
 }
 
 fn find(program: &str) -> PathBuf {
