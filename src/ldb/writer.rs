@@ -185,6 +185,13 @@ impl LdbWriter {
         write().map_err(|e| LdbError::from_sqlite(&self.path, "write", &e))
     }
 
+    /// Pretends that the disk has room for so many pages only.
+    #[cfg(test)]
+    pub(crate) fn limit_pages(&self, pages: u32) {
+        let sql = format!("PRAGMA max_page_count = {pages}");
+        self.conn.query_row(&sql, [], |_| Ok(())).unwrap();
+    }
+
     pub(super) fn set_state(
         &self,
         name: &str,
