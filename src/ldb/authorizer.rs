@@ -296,6 +296,12 @@ impl Rules {
             AuthAction::CreateTempTable { .. } | AuthAction::DropTempTable { .. } => {
                 Some("use temporary tables".into())
             }
+            // A DROP TABLE takes our triggers with it.
+            AuthAction::DropTempTrigger { trigger_name, .. }
+                if trigger_name.starts_with(&self.trigger_prefix) =>
+            {
+                None
+            }
             AuthAction::CreateTrigger { .. }
             | AuthAction::CreateTempTrigger { .. }
             | AuthAction::DropTrigger { .. }

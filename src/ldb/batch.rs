@@ -156,8 +156,8 @@ impl<'w> Batch<'w> {
         let result = self.run(&entry.statement, stamp);
         self.writer.guard.leave();
         result?;
-        for (table, fates) in self.writer.capture.take_overflow() {
-            write_fates(&self.writer.conn, &table.name.sql_name(), fates)
+        for over in self.writer.capture.take_overflow() {
+            write_fates(&self.writer.conn, &over.table.name.sql_name(), over.fates)
                 .map_err(|e| self.ldb_error(&e))?;
         }
         Ok(())

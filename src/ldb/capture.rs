@@ -219,13 +219,16 @@ impl Capture {
 
     /// Takes the records of tables in overflow once they are many, to be written before the batch
     /// ends.
-    pub(super) fn take_overflow(&self) -> Vec<(Arc<Table>, Vec<(i64, Fate)>)> {
+    pub(super) fn take_overflow(&self) -> Vec<Outcome> {
         let mut state = self.lock();
         let max = 2 * state.max_rows;
         let full = state.tables.iter_mut().filter_map(|t| match &mut t.detail {
-            Detail::Overflow(overflow) if overflow.fates.len() > max => {
-                Some((Arc::clone(&t.table), overflow.drain()))
-            }
+            Detail::Overflow(overflow) if overflow.fates.len() > max => Some(Outcome {
+                table: Arc::clone(&t.table),
+                last: overflow.last,
+                rows: None,
+                fates: overflow.drain(),
+            }),
             _ => None,
         });
         full.collect()

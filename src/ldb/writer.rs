@@ -185,6 +185,13 @@ impl LdbWriter {
         write().map_err(|e| LdbError::from_sqlite(&self.path, "write", &e))
     }
 
+    /// Pretends that the disk has room for so many pages only.
+    #[cfg(test)]
+    pub(crate) fn limit_pages(&self, pages: u32) {
+        let sql = format!("PRAGMA max_page_count = {pages}");
+        self.conn.query_row(&sql, [], |_| Ok(())).unwrap();
+    }
+
     pub(super) fn set_state(
         &self,
         name: &str,
@@ -261,6 +268,9 @@ fn configure(conn: &Connection) -> rusqlite::Result<()> {
          PRAGMA temp_store = MEMORY;
          PRAGMA cache_size = -16384;",
     )?;
+    // A batch of thousands of entries fills the default of 1,000 pages several times over; writing
+    // each of them back on its own would double the work.
+    conn.query_row("PRAGMA wal_autocheckpoint = 4000", [], |_| Ok(()))?;
     // A WAL that grew while readers held it back is cut down again once it is used anew.
     conn.query_row("PRAGMA journal_size_limit = 67108864", [], |_| Ok(()))
 }

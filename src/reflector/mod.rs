@@ -7,6 +7,8 @@ mod pace;
 mod run;
 mod sequence;
 mod stop;
+#[cfg(test)]
+mod tests;
 
 use std::time::Duration;
 

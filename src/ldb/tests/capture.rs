@@ -134,7 +134,7 @@ fn statement() -> impl Strategy<Value = String> {
         4 => (name(), small.clone(), text.clone()).prop_map(|(k, n, t)| format!(
             r#"REPLACE INTO app___flags ("name","on","note") VALUES({k},{n},{t})"#)),
         2 => name().prop_map(|k| format!(r#"DELETE FROM app___flags WHERE "name" = {k}"#)),
-        1 => name().prop_map(|k| format!("UPDATE app___flags SET name = name || {k} WHERE length(name) < 2")),
+        1 => name().prop_map(|k| format!("UPDATE OR REPLACE app___flags SET name = name || {k} WHERE length(name) < 2")),
         4 => (key.clone(), small.clone()).prop_map(|(k, n)| format!(
             r#"REPLACE INTO app___limits ("id","n") VALUES({k},{n})"#)),
         2 => key.clone().prop_map(|k| format!(r#"DELETE FROM app___limits WHERE "id" = {k}"#)),

@@ -151,16 +151,7 @@ fn a_damaged_file_says_so() {
 #[test]
 fn a_full_disk_loses_nothing() {
     let mut fixture = Fixture::with(&[FLAGS]);
-    let pages: i64 = fixture
-        .writer
-        .conn
-        .query_row("PRAGMA page_count", [], |r| r.get(0))
-        .unwrap();
-    let limit = |writer: &LdbWriter, pages: i64| {
-        let sql = format!("PRAGMA max_page_count = {pages}");
-        writer.conn.query_row(&sql, [], |_| Ok(())).unwrap();
-    };
-    limit(&fixture.writer, pages + 2);
+    fixture.writer.limit_pages(1);
     let note = "n".repeat(100_000);
     let big = format!(r#"REPLACE INTO app___flags ("name","on","note") VALUES('big',1,'{note}')"#);
     let small = r#"REPLACE INTO app___flags ("name","on","note") VALUES('a',1,NULL)"#;
@@ -170,7 +161,7 @@ fn a_full_disk_loses_nothing() {
         "{error}"
     );
     assert_eq!(fixture.rows("SELECT seq FROM _ldb_seq"), ["1"]);
-    limit(&fixture.writer, 1_000_000);
+    fixture.writer.limit_pages(1_000_000);
     fixture.apply(&[small, &big]).unwrap();
     assert_eq!(fixture.rows("SELECT count(*) FROM app___flags"), ["2"]);
 }
