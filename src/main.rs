@@ -1,2 +1,7 @@
-//! The `ctlfs` program.
-fn main() {}
+//! The `ctlfs` program: everything it does is in the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ctlfs::cli::main()
+}

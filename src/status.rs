@@ -1,8 +1,12 @@
 //! What the daemon knows of its own state: written by the reflector and the mount, shown in
 //! `status.json` and by `ctlfs status`.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value as Json, json};
 
 use crate::model::{LedgerTime, Seq};
 
@@ -77,5 +81,420 @@ impl StatusBoard {
     fn lock(&self) -> MutexGuard<'_, Progress> {
         // The state is plain data: a panic elsewhere cannot leave it half changed.
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the mount counts, as status.json shows it.
+#[derive(Debug)]
+pub struct Counters<'a> {
+    /// The sequence that the tree shows.
+    pub seq: Seq,
+    /// Families in the tree.
+    pub families: u64,
+    /// Tables in the tree.
+    pub tables: u64,
+    /// FUSE requests served, by operation.
+    pub requests: &'a BTreeMap<&'static str, u64>,
+    /// FUSE requests served.
+    pub requests_total: u64,
+    /// Nodes that the kernel holds.
+    pub nodes: u64,
+    /// Bytes of superseded versions kept in memory.
+    pub kept_bytes: u64,
+    /// Bytes of superseded versions kept in the state directory.
+    pub spilled_bytes: u64,
+    /// What the kernel lacks, and what is done instead.
+    pub fallbacks: &'a [String],
+}
+
+/// What does not change while a daemon lives.
+#[derive(Debug)]
+pub struct StaticInfo<'a> {
+    /// The daemon.
+    pub pid: u32,
+    /// Where it is mounted.
+    pub mountpoint: &'a Path,
+    /// What it follows.
+    pub follows: Follows<'a>,
+    /// When it started.
+    pub started: SystemTime,
+    /// After how long without contact or without catching up the tree counts as stale.
+    pub stale_after: Duration,
+}
+
+/// What a daemon follows, and whether that can be reached.
+#[derive(Debug)]
+pub enum Follows<'a> {
+    /// A ledger.
+    Origin {
+        /// Without its password.
+        origin: &'a str,
+        /// How often it is asked when nothing happens.
+        poll_interval: Duration,
+    },
+    /// An LDB that another process writes.
+    Ldb {
+        /// The file.
+        file: &'a Path,
+        /// How often it is looked at.
+        check_interval: Duration,
+        /// Why it cannot be read, if it cannot.
+        unreadable: Option<&'a str>,
+    },
+}
+
+/// A daemon's state in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Health {
+    /// The tree shows what the origin has, or did moments ago.
+    Ok,
+    /// The first catch-up is not done, and nothing is known to be wrong.
+    Starting,
+    /// The origin answers, but the tree has not held everything it has for too long.
+    Behind,
+    /// The origin has not answered for too long.
+    Stale,
+    /// Something needs a person.
+    Error,
+}
+
+impl Health {
+    /// The word in status.json.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Health::Ok => "ok",
+            Health::Starting => "starting",
+            Health::Behind => "behind",
+            Health::Stale => "stale",
+            Health::Error => "error",
+        }
+    }
+}
+
+/// Judges a daemon that follows a ledger.
+///
+/// A tree that is a few entries behind is healthy: under steady writes it always is. It counts as
+/// behind when it has not caught up once in `stale_after`.
+pub fn health(
+    progress: &Progress,
+    started: SystemTime,
+    stale_after: Duration,
+    now: SystemTime,
+) -> Health {
+    let older = |time: SystemTime| {
+        // A clock that was set back makes nothing older.
+        now.duration_since(time).is_ok_and(|age| age > stale_after)
+    };
+    let origin_problem = match &progress.problem {
+        Some(problem) if problem.kind != ProblemKind::Origin => return Health::Error,
+        problem => problem.is_some(),
+    };
+    match (progress.last_contact, progress.caught_up) {
+        (None, _) if origin_problem || older(started) => Health::Stale,
+        (Some(contact), _) if older(contact) => Health::Stale,
+        (Some(_), _) if origin_problem && !progress.ready => Health::Stale,
+        (None, _) => Health::Starting,
+        (Some(_), _) if !progress.ready => Health::Starting,
+        (Some(_), caught_up) => {
+            let behind = behind(progress).is_some_and(|entries| entries > 0);
+            if behind && older(caught_up.unwrap_or(started)) {
+                Health::Behind
+            } else {
+                Health::Ok
+            }
+        }
+    }
+}
+
+/// How many sequences the LDB is behind the origin; gaps count as entries.
+fn behind(progress: &Progress) -> Option<u64> {
+    let last = progress.origin_last?;
+    Some(last.get().saturating_sub(progress.applied.get()))
+}
+
+/// Renders `.ctlfs/status.json`.
+pub fn render_json(
+    progress: &Progress,
+    counters: &Counters<'_>,
+    info: &StaticInfo<'_>,
+    now: SystemTime,
+) -> Vec<u8> {
+    let (mode, origin, ldb, interval_name, interval, unreadable) = match &info.follows {
+        Follows::Origin {
+            origin,
+            poll_interval,
+        } => (
+            "origin",
+            Some(*origin),
+            None,
+            "poll_interval",
+            *poll_interval,
+            None,
+        ),
+        Follows::Ldb {
+            file,
+            check_interval,
+            unreadable,
+        } => {
+            let file = file.to_string_lossy().into_owned();
+            (
+                "ldb",
+                None,
+                Some(file),
+                "check_interval",
+                *check_interval,
+                *unreadable,
+            )
+        }
+    };
+    let foreign = ldb.is_some();
+    let health = match (foreign, unreadable) {
+        (true, Some(_)) => Health::Error,
+        (true, None) => Health::Ok,
+        (false, _) => health(progress, info.started, info.stale_after, now),
+    };
+    let problem = match (unreadable, &progress.problem) {
+        (Some(reason), _) => json!({
+            "kind": "storage", "seq": null, "statement": null, "reason": reason, "since": null,
+        }),
+        (None, Some(problem)) => json!({
+            "kind": problem.kind.as_str(),
+            "seq": problem.seq.map(Seq::get),
+            "statement": problem.statement,
+            "reason": problem.reason,
+            "since": rfc3339(problem.since),
+        }),
+        (None, None) => Json::Null,
+    };
+    let since_contact = progress
+        .last_contact
+        .map(|time| now.duration_since(time).unwrap_or_default().as_secs());
+    let mut status = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "pid": info.pid,
+        "mountpoint": info.mountpoint.to_string_lossy(),
+        "mode": mode,
+        "origin": origin,
+        "ldb": ldb,
+        "started": rfc3339(info.started),
+        "health": health.as_str(),
+        "ready": foreign || progress.ready,
+        "seq": counters.seq.get(),
+        "ledger_time": progress.applied_time.and_then(|time| rfc3339(time.into())),
+        "origin_seq": progress.origin_last.map(Seq::get),
+        "behind": behind(progress),
+        "last_contact": progress.last_contact.and_then(rfc3339),
+        "seconds_since_contact": since_contact,
+        "caught_up": progress.caught_up.and_then(rfc3339),
+        "entries_applied": progress.entries_applied,
+        "problem": problem,
+        "late": progress.late.iter().map(|seq| seq.get()).collect::<Vec<_>>(),
+        "counts": {"families": counters.families, "tables": counters.tables},
+        "requests": {"total": counters.requests_total},
+        "cache": {
+            "nodes": counters.nodes,
+            "kept_bytes": counters.kept_bytes,
+            "spilled_bytes": counters.spilled_bytes,
+        },
+        interval_name: humantime::format_duration(interval).to_string(),
+        "stale_after": humantime::format_duration(info.stale_after).to_string(),
+        "fallbacks": counters.fallbacks,
+    });
+    if let Some(requests) = status.get_mut("requests").and_then(Json::as_object_mut) {
+        for (operation, count) in counters.requests {
+            requests.insert((*operation).to_owned(), (*count).into());
+        }
+    }
+    let mut text = format!("{status:#}").into_bytes();
+    text.push(b'\n');
+    text
+}
+
+/// A time as text; `None` outside the years 1970 to 9999, which the format cannot show.
+fn rfc3339(time: SystemTime) -> Option<String> {
+    use std::fmt::Write;
+    // humantime panics at earlier ones.
+    time.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    let mut text = String::new();
+    write!(text, "{}", humantime::format_rfc3339_micros(time)).ok()?;
+    Some(text)
+}
+
+impl ProblemKind {
+    /// The word in status.json.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ProblemKind::Origin => "origin",
+            ProblemKind::Ledger => "ledger",
+            ProblemKind::Statement => "statement",
+            ProblemKind::Storage => "storage",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STALE: Duration = Duration::from_secs(30);
+
+    fn at(second: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000 + second)
+    }
+
+    fn problem(kind: ProblemKind) -> Option<Problem> {
+        Some(Problem {
+            kind,
+            seq: Some(Seq::new(7)),
+            statement: Some("REPLACE INTO app___flags".into()),
+            reason: "no such table".into(),
+            since: at(0),
+        })
+    }
+
+    fn good() -> Progress {
+        Progress {
+            applied: Seq::new(10),
+            applied_time: Some(at(3).into()),
+            origin_last: Some(Seq::new(10)),
+            last_contact: Some(at(100)),
+            caught_up: Some(at(100)),
+            ready: true,
+            ..Progress::default()
+        }
+    }
+
+    #[test]
+    fn health_follows_contact_and_catching_up() {
+        let judge = |change: &dyn Fn(&mut Progress), now| {
+            let mut progress = good();
+            change(&mut progress);
+            health(&progress, at(90), STALE, at(now))
+        };
+        assert_eq!(judge(&|_| {}, 101), Health::Ok);
+        assert_eq!(judge(&|_| {}, 131), Health::Stale);
+        assert_eq!(judge(&|_| {}, 50), Health::Ok, "the clock was set back");
+        let behind = |p: &mut Progress| p.origin_last = Some(Seq::new(12));
+        assert_eq!(judge(&behind, 101), Health::Ok);
+        let long = |p: &mut Progress| {
+            behind(p);
+            p.caught_up = Some(at(20));
+        };
+        assert_eq!(judge(&long, 101), Health::Behind);
+        assert_eq!(judge(&|p| p.ready = false, 101), Health::Starting);
+        let origin_gone = |p: &mut Progress| p.problem = problem(ProblemKind::Origin);
+        assert_eq!(judge(&origin_gone, 101), Health::Ok, "a hiccup");
+        let never = |p: &mut Progress| p.last_contact = None;
+        assert_eq!(judge(&never, 101), Health::Starting);
+        assert_eq!(judge(&never, 121), Health::Stale);
+        assert_eq!(
+            judge(
+                &|p| {
+                    never(p);
+                    origin_gone(p);
+                },
+                91
+            ),
+            Health::Stale
+        );
+        let poison = |p: &mut Progress| p.problem = problem(ProblemKind::Statement);
+        assert_eq!(judge(&poison, 101), Health::Error);
+    }
+
+    fn rendered(progress: &Progress, follows: Follows<'_>) -> Json {
+        let requests = BTreeMap::from([("lookup", 3), ("read", 2)]);
+        let counters = Counters {
+            seq: Seq::new(10),
+            families: 1,
+            tables: 2,
+            requests: &requests,
+            requests_total: 5,
+            nodes: 4,
+            kept_bytes: 0,
+            spilled_bytes: 0,
+            fallbacks: &[],
+        };
+        let info = StaticInfo {
+            pid: 42,
+            mountpoint: Path::new("/ctl"),
+            follows,
+            started: at(90),
+            stale_after: STALE,
+        };
+        let text = render_json(progress, &counters, &info, at(102));
+        assert_eq!(text.last(), Some(&b'\n'));
+        serde_json::from_slice(&text).unwrap()
+    }
+
+    #[test]
+    fn the_file_says_all_of_it() {
+        let mut progress = good();
+        progress.problem = problem(ProblemKind::Statement);
+        progress.origin_last = Some(Seq::new(15));
+        progress.late = vec![Seq::new(4)];
+        let status = rendered(
+            &progress,
+            Follows::Origin {
+                origin: "mysql://db:3306/ctl",
+                poll_interval: Duration::from_secs(1),
+            },
+        );
+        for (pointer, value) in [
+            ("/pid", json!(42)),
+            ("/mode", json!("origin")),
+            ("/origin", json!("mysql://db:3306/ctl")),
+            ("/ldb", Json::Null),
+            ("/health", json!("error")),
+            ("/seq", json!(10)),
+            ("/behind", json!(5)),
+            ("/ledger_time", json!("1970-01-12T13:46:43.000000Z")),
+            ("/seconds_since_contact", json!(2)),
+            ("/problem/kind", json!("statement")),
+            ("/problem/seq", json!(7)),
+            ("/late", json!([4])),
+            ("/requests/total", json!(5)),
+            ("/requests/lookup", json!(3)),
+            ("/counts/tables", json!(2)),
+            ("/cache/nodes", json!(4)),
+            ("/poll_interval", json!("1s")),
+        ] {
+            assert_eq!(status.pointer(pointer), Some(&value), "{pointer}");
+        }
+    }
+
+    #[test]
+    fn someone_elses_ldb_is_healthy_while_it_can_be_read() {
+        let render = |unreadable| {
+            rendered(
+                &Progress::default(),
+                Follows::Ldb {
+                    file: Path::new("/ldb.db"),
+                    check_interval: Duration::from_millis(250),
+                    unreadable,
+                },
+            )
+        };
+        let status = render(None);
+        assert_eq!(status["health"], "ok");
+        assert_eq!(
+            (&status["origin"], &status["ldb"]),
+            (&Json::Null, &json!("/ldb.db"))
+        );
+        assert_eq!(status["check_interval"], "250ms");
+        assert_eq!(status["behind"], Json::Null);
+        let status = render(Some("permission denied"));
+        assert_eq!(status["health"], "error");
+        assert_eq!(status["problem"]["reason"], "permission denied");
+    }
+
+    #[test]
+    fn times_that_cannot_be_shown_are_left_out() {
+        let mut progress = good();
+        progress.applied_time = Some(LedgerTime::from_micros(-1));
+        let follows = Follows::Origin {
+            origin: "x",
+            poll_interval: STALE,
+        };
+        assert_eq!(rendered(&progress, follows)["ledger_time"], Json::Null);
     }
 }

@@ -7,6 +7,16 @@ use std::fmt;
 
 use crate::model::{LedgerTime, Seq};
 
+pub(crate) mod embedded;
+mod mysql;
+pub(crate) mod session;
+pub mod statement;
+mod url;
+
+pub use embedded::EmbeddedOrigin;
+pub use mysql::MySqlOrigin;
+pub use url::{MySqlUrl, OriginUrl, OriginUrlError};
+
 /// The table that holds the ledger, in MySQL and in the embedded ledger alike.
 pub const LEDGER_TABLE: &str = "ctlstore_dml_ledger";
 /// The entry that opens a transaction of several mutations.
@@ -46,6 +56,15 @@ pub trait Origin: Send {
 
     /// The origin as a person may see it: never with a password.
     fn describe(&self) -> String;
+}
+
+/// The ledger that a URL names. Nothing is connected or opened before the first call, so that a
+/// daemon can start while its origin is down.
+pub fn open(url: &OriginUrl) -> Result<Box<dyn Origin>, OriginError> {
+    Ok(match url {
+        OriginUrl::MySql(url) => Box::new(MySqlOrigin::new(url)?),
+        OriginUrl::Sqlite(path) => Box::new(EmbeddedOrigin::new(path)),
+    })
 }
 
 /// Why an origin did not answer.

@@ -6,4 +6,5 @@
 
 pub mod access;
 pub mod name;
+pub mod node;
 pub mod render;

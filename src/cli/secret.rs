@@ -1,0 +1,142 @@
+//! Keeping passwords out of sight: out of the process list and out of messages.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// The variable that `--origin` can also come from.
+pub const ORIGIN_VARIABLE: &str = "CTLFS_ORIGIN";
+
+/// When an `--origin` among `args` carries a password, starts this program anew in this process
+/// with the URL in the environment instead, which `ps` shows to nobody. Returns only if there is
+/// nothing to hide, or with the reason why it cannot be hidden.
+pub fn hide(args: &[OsString]) -> Result<(), String> {
+    let Some((args, url)) = split(args) else {
+        return Ok(());
+    };
+    let start = |program: io::Result<std::path::PathBuf>| -> io::Error {
+        let mut command = match program {
+            Ok(program) => Command::new(program),
+            Err(error) => return error,
+        };
+        if let Some(name) = args.first() {
+            command.arg0(name);
+        }
+        command
+            .args(args.get(1..).unwrap_or_default())
+            .env(ORIGIN_VARIABLE, &url)
+            .exec()
+    };
+    let error = start(std::env::current_exe());
+    Err(format!(
+        "cannot hide the password of --origin from the process list: {error}; use --password-file \
+         or {ORIGIN_VARIABLE}"
+    ))
+}
+
+/// The arguments without `--origin`, and its value, if that carries a password.
+fn split(args: &[OsString]) -> Option<(Vec<OsString>, OsString)> {
+    let mut kept = Vec::with_capacity(args.len());
+    let mut url = None;
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        if arg == "--" {
+            kept.push(arg.clone());
+            kept.extend(rest.cloned());
+            break;
+        }
+        let value = if arg == "--origin" { rest.next() } else { None };
+        let joined = arg
+            .as_bytes()
+            .strip_prefix(b"--origin=")
+            .map(OsStr::from_bytes);
+        match value.map(OsString::as_os_str).or(joined) {
+            // Given twice, it is clap's to refuse.
+            Some(_) if url.is_some() => return None,
+            Some(value) => url = Some(value.to_owned()),
+            None => kept.push(arg.clone()),
+        }
+    }
+    let url = url?;
+    let shown = redact(&url.to_string_lossy());
+    (shown != url.to_string_lossy()).then_some((kept, url))
+}
+
+/// The text with `***` for the password of every URL in it.
+pub fn redact(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once("://") {
+        out.push_str(before);
+        out.push_str("://");
+        // A password that was not encoded may hold anything but a space, so what counts is the
+        // last '@' of the word.
+        let end = after.find(char::is_whitespace).unwrap_or(after.len());
+        let (word, tail) = after.split_at(end);
+        match word.rsplit_once('@') {
+            Some((login, host)) => {
+                let (user, password) = login.split_once(':').unzip();
+                out.push_str(user.unwrap_or(login));
+                if password.is_some() {
+                    out.push_str(":***");
+                }
+                out.push('@');
+                out.push_str(host);
+            }
+            None => out.push_str(word),
+        }
+        rest = tail;
+    }
+    out.push_str(rest);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(args: &[&str]) -> Vec<OsString> {
+        args.iter().map(OsString::from).collect()
+    }
+
+    #[test]
+    fn an_origin_with_a_password_leaves_the_arguments() {
+        let url = "mysql://me:pw@h/db";
+        for given in [
+            args(&["ctlfs", "mount", "--origin", url, "/ctl"]),
+            args(&["ctlfs", "mount", &format!("--origin={url}"), "/ctl"]),
+        ] {
+            let (kept, found) = split(&given).unwrap();
+            assert_eq!(kept, args(&["ctlfs", "mount", "/ctl"]));
+            assert_eq!(found, url);
+        }
+    }
+
+    #[test]
+    fn nothing_else_is_touched() {
+        for given in [
+            args(&["ctlfs", "mount", "--origin", "mysql://me@h/db", "/ctl"]),
+            args(&["ctlfs", "mount", "--origin", "sqlite:///a:b/l.db", "/ctl"]),
+            args(&["ctlfs", "mount", "--origin"]),
+            args(&["ctlfs", "put", "--", "--origin", "mysql://me:pw@h/db"]),
+            args(&["ctlfs", "put", "a/b", "note=mysql://me:pw@h/db"]),
+        ] {
+            assert!(split(&given).is_none(), "{given:?}");
+        }
+    }
+
+    #[test]
+    fn messages_show_no_password() {
+        for (text, shown) in [
+            ("x mysql://a:b@h/d y", "x mysql://a:***@h/d y"),
+            ("mysql://a:b@c:d/e@h/d", "mysql://a:***@h/d"),
+            ("mysql://a@h:3306/d", "mysql://a@h:3306/d"),
+            ("http://h/?a=b", "http://h/?a=b"),
+            ("none", "none"),
+        ] {
+            assert_eq!(redact(text), shown);
+        }
+    }
+}

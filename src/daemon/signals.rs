@@ -1,0 +1,71 @@
+//! Signals as a value that one thread waits for.
+//!
+//! They are blocked before any thread exists, so that no thread is ever interrupted by one.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::ptr;
+
+/// The signals that end a daemon, blocked in this thread and all that it starts.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocked(libc::sigset_t);
+
+/// Blocks SIGINT, SIGTERM and SIGHUP. Call it before the first thread is started.
+pub(crate) fn block() -> io::Result<Blocked> {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigemptyset initialises the set it is given; sigaddset and pthread_sigmask then get
+    // an initialised one, and the old mask is not asked for.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            libc::sigaddset(set.as_mut_ptr(), signal);
+        }
+        let error = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
+        if error != 0 {
+            return Err(io::Error::from_raw_os_error(error));
+        }
+        Ok(Blocked(set.assume_init()))
+    }
+}
+
+impl Blocked {
+    /// Waits for the next of them.
+    pub(crate) fn wait(&self) -> io::Result<i32> {
+        let mut signal = 0;
+        // SAFETY: the set is initialised and `signal` is writable.
+        let error = unsafe { libc::sigwait(&raw const self.0, &raw mut signal) };
+        if error == 0 {
+            Ok(signal)
+        } else {
+            Err(io::Error::from_raw_os_error(error))
+        }
+    }
+}
+
+/// Ends the process without running anything else.
+pub(crate) fn exit_now(signal: i32) -> ! {
+    // SAFETY: _exit has no preconditions and does not return.
+    unsafe { libc::_exit(128 + signal) }
+}
+
+/// Whether writing to a closed pipe kills the process, as a short-lived command wants it, or is an
+/// error, as a daemon does.
+pub(crate) fn broken_pipe_kills(kills: bool) {
+    let action = if kills { libc::SIG_DFL } else { libc::SIG_IGN };
+    // SAFETY: both are dispositions without a handler; no code of ours runs in signal context.
+    unsafe {
+        libc::signal(libc::SIGPIPE, action);
+    }
+}
+
+pub(crate) fn name(signal: i32) -> &'static str {
+    match signal {
+        libc::SIGINT => "SIGINT",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGHUP => "SIGHUP",
+        libc::SIGKILL => "SIGKILL",
+        libc::SIGSEGV => "SIGSEGV",
+        libc::SIGABRT => "SIGABRT",
+        _ => "a signal",
+    }
+}

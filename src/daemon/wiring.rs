@@ -1,0 +1,196 @@
+//! The one place that knows how LDB, reflector and mount are put together.
+//!
+//! The rest of the daemon sees them through the types of this file only.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crate::ldb::LdbWriter;
+use crate::mount::{self, MountCounters, Source};
+use crate::reflector::{Reflector, Settings, StopHandle};
+
+use super::{Error, users};
+use crate::config::{self, Follow};
+use crate::executive::{self, Document, Executive};
+use crate::ledger::{self, Origin, OriginError, OriginUrl};
+use crate::model::Seq;
+use crate::status::{Counters, StatusBoard};
+use crate::tree::access::{AccessError, AccessRules, Principal};
+
+pub(crate) use crate::mount::{Mounted, Unmounter};
+
+/// Understands the rules of `--access`, in their order. What they leave out belongs to whoever
+/// mounts.
+pub(crate) fn access_rules(rules: &[String]) -> Result<AccessRules, AccessError> {
+    // SAFETY: neither call has preconditions or can fail.
+    let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
+    AccessRules::parse(rules, uid, gid, &|principal| match principal {
+        Principal::User(name) => users::uid(name),
+        Principal::Group(name) => users::gid(name),
+    })
+}
+
+/// Whether the first call to this origin can take long.
+pub(super) fn may_hang(url: &OriginUrl) -> bool {
+    matches!(url, OriginUrl::MySql(_))
+}
+
+/// Creates the tables of an embedded ledger where they are missing. If nothing was ever written to
+/// it, loads `sample`, in the form that 'ctlfs apply' reads.
+pub(crate) fn prepare_embedded(
+    url: &OriginUrl,
+    sample: Option<&str>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let mut executive = Executive::open(url)?;
+    executive.init()?;
+    if let Some(sample) = sample
+        && ledger::open(url)?.last_seq()?.is_none()
+    {
+        let document = Document::parse("the sample", Path::new(""), sample)?;
+        executive::apply(document, &mut executive, &mut |_| {})?;
+    }
+    Ok(())
+}
+
+/// An LDB of our own, and where it stands.
+pub(super) struct Ldb {
+    writer: LdbWriter,
+    pub(super) path: PathBuf,
+    /// Its position.
+    pub(super) seq: Seq,
+    /// Whether it has ever held everything that its ledger had.
+    pub(super) ready: bool,
+}
+
+/// Opens or creates the LDB in the state directory.
+pub(super) fn open_ldb(path: PathBuf) -> Result<Ldb, Error> {
+    let writer = LdbWriter::open(&path).map_err(|error| Error::Ldb(error.to_string()))?;
+    let seq = writer.position().seq;
+    let ready = writer.is_ready();
+    Ok(Ldb {
+        writer,
+        path,
+        seq,
+        ready,
+    })
+}
+
+/// Whether `path` can be read and begins like an SQLite database. What is in it is the mount's to
+/// judge.
+pub(super) fn check_foreign_ldb(path: &Path) -> Result<(), String> {
+    let mut head = [0; 16];
+    File::open(path)
+        .and_then(|mut file| file.read_exact(&mut head))
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => "it is no SQLite database".to_owned(),
+            _ => error.to_string(),
+        })?;
+    if &head == b"SQLite format 3\0" {
+        Ok(())
+    } else {
+        Err("it is no SQLite database".into())
+    }
+}
+
+/// The ledger, not connected yet.
+pub(super) fn open_origin(url: &OriginUrl) -> Result<Box<dyn Origin>, OriginError> {
+    ledger::open(url)
+}
+
+/// Mounts. `status` renders status.json.
+pub(super) fn mount(
+    config: &config::Daemon,
+    mountpoint: &Path,
+    ldb: &Path,
+    allow_other: bool,
+    status: impl Fn(&Counters<'_>) -> Vec<u8> + Send + Sync + 'static,
+    board: &Arc<StatusBoard>,
+) -> Result<Mounted, Error> {
+    let settings = mount::Settings {
+        mountpoint: mountpoint.to_owned(),
+        ldb: ldb.to_owned(),
+        source: match config.follow {
+            Follow::Origin { .. } => Source::Owned,
+            Follow::Ldb { check_interval, .. } => Source::Foreign { check_interval },
+        },
+        state_dir: Some(config.state_dir.clone()),
+        access: config.access.clone(),
+        newline: config.options.newline,
+        allow_other,
+        threads: config.threads,
+        plain_open: config.options.plain_open,
+    };
+    let render = Box::new(move |counters: &MountCounters| {
+        status(&Counters {
+            seq: counters.seq,
+            families: counters.families,
+            tables: counters.tables,
+            requests: &counters.requests,
+            requests_total: counters.requests_total,
+            nodes: counters.nodes,
+            kept_bytes: counters.kept_bytes,
+            spilled_bytes: counters.spilled_bytes,
+            fallbacks: &counters.fallbacks,
+        })
+    });
+    mount::mount(settings, render, Arc::clone(board))
+        .map_err(|error| Error::Mount(error.to_string()))
+}
+
+/// The running reflector.
+pub(super) struct Running {
+    stop: StopHandle,
+    thread: JoinHandle<()>,
+}
+
+/// Starts the reflector on a thread of its own; `ended` is called when it ends, however it does.
+pub(super) fn reflect(
+    origin: Box<dyn Origin>,
+    ldb: Ldb,
+    mounted: &Mounted,
+    board: &Arc<StatusBoard>,
+    poll_interval: Duration,
+    ended: impl FnOnce() + Send + 'static,
+) -> std::io::Result<Running> {
+    let settings = Settings {
+        poll_interval,
+        ..Settings::default()
+    };
+    let observer = mounted.observer();
+    let mut reflector = Reflector::new(origin, ldb.writer, observer, Arc::clone(board), settings);
+    let stop = StopHandle::new();
+    let handle = stop.clone();
+    let thread = thread::Builder::new()
+        .name("reflector".into())
+        .spawn(move || {
+            let _ended = OnDrop(Some(ended));
+            reflector.run(&handle);
+        })?;
+    Ok(Running { stop, thread })
+}
+
+impl Running {
+    /// Asks it to end; returns at once.
+    pub(super) fn stop(&self) {
+        self.stop.stop();
+    }
+
+    /// Whether it has ended.
+    pub(super) fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+}
+
+struct OnDrop<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        if let Some(call) = self.0.take() {
+            call();
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! Reading the LDB: single rows, existence, pages of keys and the marks of who changed what last.
+//!
+//! Every answer says at which ledger position it was read ([`At`]), taken in the same snapshot, so
+//! that the caller can tell an answer from before a commit from one after it. A reader never
+//! writes and never waits for the writer: in WAL mode each of its statements sees the last commit.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use rusqlite::types::{ToSql, ToSqlOutput, ValueRef};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, params_from_iter};
+
+use super::{LdbError, catalog};
+use crate::model::{Catalog, LedgerTime, Seq, Table, TableRef, Value};
+
+/// How many prepared statements a reader keeps: a few for each of the tables in use.
+const STATEMENT_CACHE: usize = 256;
+/// SQLite's page cache for each reader, in KiB: the inner pages of the tables in use.
+const PAGE_CACHE_KIB: i64 = 2048;
+/// After so many equal leading key values a listing seeks instead of stepping on.
+const STEPS_BEFORE_SEEK: usize = 32;
+
+/// Something read, with the ledger position of the snapshot it was read from.
+#[derive(Debug, Clone)]
+pub struct At<T> {
+    /// The position.
+    pub seq: Seq,
+    /// What was read.
+    pub value: T,
+}
+
+/// The ledger entry that last changed something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Mark {
+    /// Its sequence.
+    pub seq: Seq,
+    /// Its time.
+    pub time: LedgerTime,
+}
+
+/// A row, with the entry that last changed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// The values, in the schema's order.
+    pub values: Vec<Value>,
+    /// The entry that last changed it; for a row that came with a snapshot, the snapshot's.
+    pub mark: Mark,
+}
+
+/// The SQL of one table in one shape.
+struct TableSql {
+    table: Arc<Table>,
+    row: String,
+}
+
+/// A connection that reads an LDB.
+pub struct Reader {
+    connection: Connection,
+    sql: HashMap<TableRef, TableSql>,
+}
+
+impl Reader {
+    /// Opens the LDB at `path` for reading. Changes nothing but SQLite's own shared memory.
+    pub fn open(path: &Path) -> Result<Self, LdbError> {
+        Self::connect(path).map_err(|error| LdbError::from_sqlite(path, "open", &error))
+    }
+
+    fn connect(path: &Path) -> rusqlite::Result<Self> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(std::time::Duration::from_secs(5))?;
+        connection.set_prepared_statement_cache_capacity(STATEMENT_CACHE);
+        connection.pragma_update(None, "cache_size", -PAGE_CACHE_KIB)?;
+        connection.pragma_update(None, "query_only", true)?;
+        Ok(Reader {
+            connection,
+            sql: HashMap::new(),
+        })
+    }
+
+    /// The tables, with the LDB's position.
+    pub fn catalog(&mut self) -> rusqlite::Result<At<Catalog>> {
+        self.snapshot(|reader| catalog::load(&reader.connection))
+    }
+
+    /// A number that changes whenever another connection commits.
+    pub fn data_version(&mut self) -> rusqlite::Result<i64> {
+        self.connection
+            .query_row("PRAGMA data_version", [], |row| row.get(0))
+    }
+
+    /// When the set of tables last changed, and the LDB's position.
+    pub fn schema_time(&mut self) -> rusqlite::Result<At<LedgerTime>> {
+        self.snapshot(|reader| {
+            let time = if reader.has_table("_ctlfs_state")? {
+                reader
+                    .connection
+                    .prepare_cached("SELECT value FROM _ctlfs_state WHERE name = 'schema_time'")?
+                    .query_row([], |row| row.get::<_, i64>(0))
+                    .optional()?
+            } else {
+                None
+            };
+            match time {
+                Some(micros) => Ok(LedgerTime::from_micros(micros)),
+                None => Ok(reader.snapshot_mark()?.time),
+            }
+        })
+    }
+
+    /// The entry that last changed `table`.
+    pub fn table_mark(&mut self, table: &Table) -> rusqlite::Result<At<Mark>> {
+        self.snapshot(|reader| {
+            if reader.has_table("_ctlfs_tables")? {
+                let mark = reader
+                    .connection
+                    .prepare_cached("SELECT seq, time FROM _ctlfs_tables WHERE name = ?1")?
+                    .query_row([table.name.sql_name()], |row| {
+                        Ok(mark(row.get(0)?, row.get(1)?))
+                    })
+                    .optional()?;
+                if let Some(mark) = mark {
+                    return Ok(mark);
+                }
+            }
+            reader.snapshot_mark()
+        })
+    }
+
+    /// The row with exactly this key: the same values in the same storage classes.
+    pub fn row(&mut self, table: &Arc<Table>, key: &[Value]) -> rusqlite::Result<At<Option<Row>>> {
+        let sql = self.row_sql(table)?;
+        let mut statement = self.connection.prepare_cached(&sql)?;
+        let width = table.schema.fields().len();
+        let (seq, found) = statement.query_row(params_from_iter(key.iter().map(Bound)), |row| {
+            let seq = Seq::from_sql(row.get(0)?);
+            if row.get_ref(1)? == ValueRef::Null {
+                return Ok((seq, None));
+            }
+            let mark = match row.get::<_, Option<i64>>(2)? {
+                Some(seq) => Some(mark(seq, row.get(3)?)),
+                None => None,
+            };
+            let values = (0..width)
+                .map(|i| row.get_ref(4 + i).map(value_of))
+                .collect::<rusqlite::Result<Vec<_>>>()?;
+            Ok((seq, Some((values, mark))))
+        })?;
+        drop(statement);
+        let value = match found {
+            None => None,
+            Some((values, mark)) => {
+                // SQL's `=` also finds 1.0 for 1: another spelling, so not this row.
+                let same = table
+                    .schema
+                    .key()
+                    .iter()
+                    .zip(key)
+                    .all(|(i, k)| values.get(*i) == Some(k));
+                match (same, mark) {
+                    (false, _) => None,
+                    (true, Some(mark)) => Some(Row { values, mark }),
+                    (true, None) => Some(Row {
+                        values,
+                        mark: self.snapshot_mark()?,
+                    }),
+                }
+            }
+        };
+        Ok(At { seq, value })
+    }
+
+    /// Whether any row's key begins with `prefix`.
+    pub fn has_prefix(&mut self, table: &Table, prefix: &[Value]) -> rusqlite::Result<At<bool>> {
+        let conditions = equals(table, prefix.len());
+        let sql = format!(
+            "SELECT coalesce((SELECT seq FROM _ldb_seq WHERE id = 1), 0), {} FROM \
+             (SELECT 1) LEFT JOIN (SELECT * FROM {} WHERE {conditions} LIMIT 1) t",
+            table
+                .schema
+                .key_fields()
+                .take(prefix.len())
+                .map(|f| format!("t.\"{}\"", f.name))
+                .collect::<Vec<_>>()
+                .join(", "),
+            table.name.sql_name(),
+        );
+        let mut statement = self.connection.prepare_cached(&sql)?;
+        statement.query_row(params_from_iter(prefix.iter().map(Bound)), |row| {
+            let mut same = true;
+            for (i, value) in prefix.iter().enumerate() {
+                same &= value_of(row.get_ref(1 + i)?) == *value;
+            }
+            Ok(At {
+                seq: Seq::from_sql(row.get(0)?),
+                value: same,
+            })
+        })
+    }
+
+    /// Up to `limit` different values of the key part behind `prefix`, in SQLite's order,
+    /// beginning behind `after`. NULLs, which have no name, are left out.
+    pub fn keys(
+        &mut self,
+        table: &Table,
+        prefix: &[Value],
+        after: Option<&Value>,
+        limit: usize,
+    ) -> rusqlite::Result<At<Vec<Value>>> {
+        self.snapshot(|reader| {
+            let mut keys: Vec<Value> = Vec::new();
+            let mut after = after.cloned();
+            // Each round is one range scan; a run of equal values ends it early and seeks on.
+            loop {
+                let more = reader.keys_from(table, prefix, after.as_ref(), None, |value| {
+                    keys.push(value);
+                    keys.len() < limit
+                })?;
+                after = keys.last().cloned();
+                if !more || keys.len() >= limit {
+                    return Ok(keys);
+                }
+            }
+        })
+    }
+
+    /// The values of the key part behind `prefix` whose bytes begin with `start`, as text and as
+    /// blobs, for which `matches` says yes: at most one is returned.
+    pub fn find_key(
+        &mut self,
+        table: &Table,
+        prefix: &[Value],
+        start: &[u8],
+        mut matches: impl FnMut(&Value) -> bool,
+    ) -> rusqlite::Result<At<Option<Value>>> {
+        let end = successor(start);
+        self.snapshot(|reader| {
+            for class in [Value::Text as fn(Vec<u8>) -> Value, Value::Blob] {
+                let mut found = None;
+                let mut take = |value: Value| {
+                    if matches(&value) {
+                        found = Some(value);
+                    }
+                    found.is_none()
+                };
+                let first = class(start.to_vec());
+                let end = end.clone().map(class);
+                let mut after = None;
+                // The start itself is part of the range; `keys_from` goes on behind a value.
+                let mut from = Some(&first);
+                loop {
+                    let mut last = None;
+                    let more = reader.range(
+                        table,
+                        prefix,
+                        from,
+                        after.as_ref(),
+                        end.as_ref(),
+                        |value| {
+                            last = Some(value.clone());
+                            take(value)
+                        },
+                    )?;
+                    from = None;
+                    if !more || last.is_none() {
+                        break;
+                    }
+                    after = last;
+                }
+                if found.is_some() {
+                    return Ok(found);
+                }
+            }
+            Ok(None)
+        })
+    }
+
+    fn keys_from(
+        &self,
+        table: &Table,
+        prefix: &[Value],
+        after: Option<&Value>,
+        end: Option<&Value>,
+        take: impl FnMut(Value) -> bool,
+    ) -> rusqlite::Result<bool> {
+        self.range(table, prefix, None, after, end, take)
+    }
+
+    /// Scans the key part behind `prefix` and hands each different value to `take` until that
+    /// says stop. Returns true if the scan broke off in a run of equal values and has to be
+    /// taken up behind the last one.
+    fn range(
+        &self,
+        table: &Table,
+        prefix: &[Value],
+        from: Option<&Value>,
+        after: Option<&Value>,
+        end: Option<&Value>,
+        mut take: impl FnMut(Value) -> bool,
+    ) -> rusqlite::Result<bool> {
+        let Some(field) = table.schema.key_fields().nth(prefix.len()) else {
+            return Ok(false);
+        };
+        let column = &field.name;
+        let mut conditions = Vec::new();
+        let mut bound: Vec<&Value> = prefix.iter().collect();
+        if !prefix.is_empty() {
+            conditions.push(equals(table, prefix.len()));
+        }
+        for (operator, value) in [(">=", from), (">", after), ("<", end)] {
+            if let Some(value) = value {
+                bound.push(value);
+                conditions.push(format!("\"{column}\" {operator} ?{}", bound.len()));
+            }
+        }
+        if from.is_none() && after.is_none() {
+            conditions.push(format!("\"{column}\" IS NOT NULL"));
+        }
+        let sql = format!(
+            "SELECT \"{column}\" FROM {} WHERE {} ORDER BY \"{column}\"",
+            table.name.sql_name(),
+            conditions.join(" AND "),
+        );
+        let mut statement = self.connection.prepare_cached(&sql)?;
+        let mut rows = statement.query(params_from_iter(bound.into_iter().map(Bound)))?;
+        let mut last: Option<Value> = None;
+        let mut repeats = 0;
+        while let Some(row) = rows.next()? {
+            let value = row.get_ref(0)?;
+            if last
+                .as_ref()
+                .is_some_and(|last| Bound(last).value() == value)
+            {
+                repeats += 1;
+                if repeats >= STEPS_BEFORE_SEEK {
+                    return Ok(true);
+                }
+                continue;
+            }
+            repeats = 0;
+            let value = value_of(value);
+            last = Some(value.clone());
+            if !take(value) {
+                return Ok(false);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Runs `read` in one read transaction and adds the position it saw.
+    fn snapshot<T>(
+        &mut self,
+        read: impl FnOnce(&Self) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<At<T>> {
+        let transaction = self.connection.unchecked_transaction()?;
+        let seq = self
+            .connection
+            .prepare_cached("SELECT seq FROM _ldb_seq WHERE id = 1")?
+            .query_row([], |row| row.get(0))
+            .optional()?
+            .unwrap_or(0);
+        let value = read(self)?;
+        drop(transaction);
+        Ok(At {
+            seq: Seq::from_sql(seq),
+            value,
+        })
+    }
+
+    fn has_table(&self, name: &str) -> rusqlite::Result<bool> {
+        self.connection
+            .prepare_cached("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1")?
+            .exists([name])
+    }
+
+    /// The mark of what came with a snapshot: the position ctlfs took the LDB over at, or, for an
+    /// LDB that someone else writes, where it stands now.
+    fn snapshot_mark(&self) -> rusqlite::Result<Mark> {
+        if self.has_table("_ctlfs_state")? {
+            let mut statement = self.connection.prepare_cached(
+                "SELECT (SELECT value FROM _ctlfs_state WHERE name = 'snapshot_seq'), \
+                 (SELECT value FROM _ctlfs_state WHERE name = 'snapshot_time')",
+            )?;
+            let stored: (Option<i64>, Option<i64>) =
+                statement.query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            if let (Some(seq), Some(time)) = stored {
+                return Ok(mark(seq, time));
+            }
+        }
+        let mut statement = self.connection.prepare_cached(
+            "SELECT coalesce((SELECT seq FROM _ldb_seq WHERE id = 1), 0), \
+             coalesce((SELECT CAST(round(unixepoch(timestamp, 'subsec') * 1000000) AS INTEGER) \
+             FROM _ldb_last_update WHERE name = 'ledger'), 0)",
+        )?;
+        statement.query_row([], |row| Ok(mark(row.get(0)?, row.get(1)?)))
+    }
+
+    fn row_sql(&mut self, table: &Arc<Table>) -> rusqlite::Result<String> {
+        if let Some(sql) = self
+            .sql
+            .get(&table.name)
+            .filter(|sql| Arc::ptr_eq(&sql.table, table))
+        {
+            return Ok(sql.row.clone());
+        }
+        let name = table.name.sql_name();
+        let marks = format!("_ctlfs_rows___{name}");
+        let columns: String = table
+            .schema
+            .fields()
+            .iter()
+            .map(|f| format!(", t.\"{}\"", f.name))
+            .collect();
+        let on = table
+            .schema
+            .key_fields()
+            .enumerate()
+            .map(|(i, f)| format!("t.\"{}\" = ?{}", f.name, i + 1))
+            .collect::<Vec<_>>()
+            .join(" AND ");
+        let (mark, join) = if self.has_table(&marks)? {
+            (
+                "m.seq, m.time",
+                format!(" LEFT JOIN \"{marks}\" m ON m.id = t._rowid_"),
+            )
+        } else {
+            ("NULL, NULL", String::new())
+        };
+        // One statement, so one snapshot: the position and the row belong together.
+        let row = format!(
+            "SELECT coalesce((SELECT seq FROM _ldb_seq WHERE id = 1), 0), t._rowid_, {mark}{columns} \
+             FROM (SELECT 1) LEFT JOIN {name} t ON {on}{join}"
+        );
+        self.sql.insert(
+            table.name.clone(),
+            TableSql {
+                table: Arc::clone(table),
+                row: row.clone(),
+            },
+        );
+        Ok(row)
+    }
+}
+
+fn mark(seq: i64, time: i64) -> Mark {
+    Mark {
+        seq: Seq::from_sql(seq),
+        time: LedgerTime::from_micros(time),
+    }
+}
+
+fn equals(table: &Table, parts: usize) -> String {
+    table
+        .schema
+        .key_fields()
+        .take(parts)
+        .enumerate()
+        .map(|(i, f)| format!("\"{}\" = ?{}", f.name, i + 1))
+        .collect::<Vec<_>>()
+        .join(" AND ")
+}
+
+/// The smallest byte string behind all that begin with `start`; `None` if there is none.
+fn successor(start: &[u8]) -> Option<Vec<u8>> {
+    let mut end = start.to_vec();
+    while let Some(last) = end.pop() {
+        if let Some(next) = last.checked_add(1) {
+            end.push(next);
+            return Some(end);
+        }
+    }
+    None
+}
+
+/// A value as an SQL parameter, without copying its bytes.
+struct Bound<'a>(&'a Value);
+
+impl Bound<'_> {
+    fn value(&self) -> ValueRef<'_> {
+        match self.0 {
+            Value::Null => ValueRef::Null,
+            Value::Integer(i) => ValueRef::Integer(*i),
+            Value::Real(r) => ValueRef::Real(*r),
+            Value::Text(bytes) => ValueRef::Text(bytes),
+            Value::Blob(bytes) => ValueRef::Blob(bytes),
+        }
+    }
+}
+
+impl ToSql for Bound<'_> {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(ToSqlOutput::Borrowed(self.value()))
+    }
+}
+
+fn value_of(value: ValueRef<'_>) -> Value {
+    match value {
+        ValueRef::Null => Value::Null,
+        ValueRef::Integer(i) => Value::Integer(i),
+        ValueRef::Real(r) => Value::Real(r),
+        ValueRef::Text(bytes) => Value::Text(bytes.to_vec()),
+        ValueRef::Blob(bytes) => Value::Blob(bytes.to_vec()),
+    }
+}

@@ -1,0 +1,188 @@
+//! The ledger in a MySQL or MariaDB database. It only reads.
+
+use std::time::{Duration, Instant};
+
+use mysql_async::prelude::Queryable;
+use mysql_async::{Conn, Row, Value};
+
+use super::session::{Purpose, Session, SessionError, answer};
+use super::url::MySqlUrl;
+use super::{Entry, LEDGER_TABLE, Origin, OriginError};
+use crate::model::{LedgerTime, Seq};
+
+/// The statement bytes that an answer aims at.
+const ANSWER_BYTES: usize = 8 << 20;
+/// The statement bytes at which reading an answer stops early.
+const MAX_ANSWER_BYTES: usize = 16 << 20;
+/// What an entry costs in memory besides its statement, about.
+const ENTRY_BYTES: usize = 64;
+/// How long reading an answer may take before what came so far is handed on.
+const MAX_ANSWER_TIME: Duration = Duration::from_secs(20);
+const FIRST_LIMIT: usize = 1000;
+const MAX_LIMIT: usize = 64 * 1024;
+
+/// A ledger in MySQL. Connects on the first call, and again on the next call after a failure.
+pub struct MySqlOrigin {
+    session: Session,
+    limit: usize,
+}
+
+impl MySqlOrigin {
+    /// An origin that is not connected yet.
+    pub fn new(url: &MySqlUrl) -> Result<Self, OriginError> {
+        Ok(MySqlOrigin {
+            session: Session::new(url, Purpose::Read)?,
+            limit: FIRST_LIMIT,
+        })
+    }
+
+    fn read<T>(
+        &mut self,
+        work: impl AsyncFn(&mut Conn) -> Result<T, SessionError>,
+    ) -> Result<T, OriginError> {
+        self.session
+            .run_again(work)
+            .map_err(|e| e.into_origin(self.session.origin().to_owned()))
+    }
+
+    fn failed(&self, reason: impl Into<String>) -> OriginError {
+        OriginError::Failed {
+            origin: self.session.origin().to_owned(),
+            reason: reason.into(),
+        }
+    }
+}
+
+/// What one query for entries gave.
+struct Answer {
+    entries: Vec<Entry>,
+    bytes: usize,
+    /// The rest of the rows was left on the connection.
+    unread: bool,
+    /// The sequence of an entry that could not be read.
+    broken: Option<String>,
+}
+
+impl Origin for MySqlOrigin {
+    fn fetch(&mut self, from: Seq) -> Result<Vec<Entry>, OriginError> {
+        // The server computes the time, for every type of column; an entry without one counts as
+        // written at the epoch.
+        let sql = format!(
+            "SELECT seq, TIMESTAMPDIFF(MICROSECOND, '1970-01-01', leader_ts), statement \
+             FROM {LEDGER_TABLE} WHERE seq >= {from} ORDER BY seq LIMIT {}",
+            self.limit
+        );
+        let limit = self.limit;
+        let answer = self.read(async |conn| read_entries(conn, &sql, limit).await)?;
+        if answer.unread {
+            self.session.drop_connection();
+        }
+        self.limit = next_limit(self.limit, answer.entries.len(), answer.bytes);
+        match answer.broken {
+            // What stands before it can still be applied; the next fetch starts with it.
+            Some(reason) if answer.entries.is_empty() => Err(self.failed(reason)),
+            _ => Ok(answer.entries),
+        }
+    }
+
+    fn last_seq(&mut self) -> Result<Option<Seq>, OriginError> {
+        let sql = format!("SELECT MAX(seq) FROM {LEDGER_TABLE}");
+        let last: Option<Option<i64>> =
+            self.read(async |conn| answer(conn.query_first(&sql)).await)?;
+        Ok(last.flatten().map(Seq::from_sql))
+    }
+
+    fn seqs_between(&mut self, first: Seq, last: Seq) -> Result<Vec<Seq>, OriginError> {
+        let sql = format!(
+            "SELECT seq FROM {LEDGER_TABLE} WHERE seq BETWEEN {first} AND {last} ORDER BY seq"
+        );
+        let seqs: Vec<i64> = self.read(async |conn| answer(conn.query(&sql)).await)?;
+        Ok(seqs.into_iter().map(Seq::from_sql).collect())
+    }
+
+    fn describe(&self) -> String {
+        self.session.origin().to_owned()
+    }
+}
+
+async fn read_entries(conn: &mut Conn, sql: &str, limit: usize) -> Result<Answer, SessionError> {
+    let started = Instant::now();
+    let mut rows = answer(conn.query_iter(sql)).await?;
+    let mut found = Answer {
+        entries: Vec::with_capacity(limit.min(FIRST_LIMIT)),
+        bytes: 0,
+        unread: false,
+        broken: None,
+    };
+    while let Some(row) = answer(rows.next()).await? {
+        match entry(row) {
+            Ok(entry) => {
+                found.bytes += entry.statement.len() + ENTRY_BYTES;
+                found.entries.push(entry);
+            }
+            Err(reason) => {
+                found.broken = Some(reason);
+                found.unread = true;
+                break;
+            }
+        }
+        if found.bytes >= MAX_ANSWER_BYTES
+            || (found.entries.len().is_multiple_of(256) && started.elapsed() > MAX_ANSWER_TIME)
+        {
+            found.unread = found.entries.len() < limit;
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// Decodes a row of the text protocol; the error says what is wrong without the statement.
+fn entry(row: Row) -> Result<Entry, String> {
+    let mut columns = row.unwrap_raw().into_iter();
+    let mut next = || columns.next().flatten().unwrap_or(Value::NULL);
+    let number = |value: Value| match value {
+        Value::NULL => Ok(0),
+        Value::Int(i) => Ok(i),
+        Value::UInt(u) => i64::try_from(u).map_err(|_| ()),
+        Value::Bytes(text) => std::str::from_utf8(&text)
+            .ok()
+            .and_then(|t| t.parse::<i64>().ok())
+            .ok_or(()),
+        _ => Err(()),
+    };
+    let seq = number(next()).map_err(|()| "a sequence of the ledger is not a whole number")?;
+    let time = number(next()).map_err(|()| format!("the time of ledger entry {seq} is no time"))?;
+    let statement = match next() {
+        Value::Bytes(bytes) => String::from_utf8(bytes)
+            .map_err(|_| format!("the statement of ledger entry {seq} is not UTF-8 text"))?,
+        _ => return Err(format!("ledger entry {seq} has no statement")),
+    };
+    Ok(Entry {
+        seq: Seq::from_sql(seq),
+        time: LedgerTime::from_micros(time),
+        statement,
+    })
+}
+
+/// The limit for the next query, so that an answer is about [`ANSWER_BYTES`]; it grows slowly,
+/// because entries of one kind come together.
+fn next_limit(limit: usize, entries: usize, bytes: usize) -> usize {
+    match bytes.checked_div(entries) {
+        None | Some(0) => limit,
+        Some(average) => (ANSWER_BYTES / average).clamp(1, (limit * 4).min(MAX_LIMIT)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_follows_the_size_of_entries() {
+        assert_eq!(next_limit(1000, 1000, 100_000), 4000);
+        assert_eq!(next_limit(64_000, 64_000, 6_400_000), MAX_LIMIT);
+        assert_eq!(next_limit(1000, 10, MAX_ANSWER_BYTES), 5);
+        assert_eq!(next_limit(1, 1, 17 << 20), 1);
+        assert_eq!(next_limit(1000, 0, 0), 1000);
+    }
+}

@@ -1,0 +1,277 @@
+//! One connection to a MySQL or MariaDB server behind blocking calls, for the origin that reads
+//! the ledger and for the executive that writes it.
+//!
+//! Every session runs in the modes of ctlstore's protocol, so that one statement text means the
+//! same in MySQL and in SQLite. Every call ends: connecting and each answer have a time limit. A
+//! connection that failed is dropped, and the next call makes a new one.
+
+use std::time::Duration;
+
+use mysql_async::prelude::Queryable;
+use mysql_async::{Conn, Error, IoError, Opts, OptsBuilder};
+use tokio::runtime::Runtime;
+
+use super::OriginError;
+use super::url::MySqlUrl;
+
+/// How long connecting and logging in may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the server may stay silent in an answer.
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What a session is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Following the ledger.
+    Read,
+    /// Writing: values that a column cannot hold are errors, never cut.
+    Write,
+}
+
+/// Why a call on a session failed.
+#[derive(Debug)]
+pub(crate) enum SessionError {
+    /// What the driver or server said.
+    Database(Error),
+    /// Nothing within [`ANSWER_TIMEOUT`].
+    Silent,
+    /// The connection that the call relies on is gone.
+    Gone,
+}
+
+impl From<Error> for SessionError {
+    fn from(error: Error) -> Self {
+        SessionError::Database(error)
+    }
+}
+
+impl SessionError {
+    /// The server's error number, if it was the server that said no.
+    pub(crate) fn code(&self) -> Option<u16> {
+        match self {
+            SessionError::Database(Error::Server(e)) => Some(e.code),
+            _ => None,
+        }
+    }
+
+    /// Whether the connection cannot be used any more.
+    fn is_fatal(&self) -> bool {
+        match self {
+            SessionError::Database(e) => e.is_fatal(),
+            SessionError::Silent | SessionError::Gone => true,
+        }
+    }
+
+    /// The error as whoever follows or fills the ledger sees it.
+    pub(crate) fn into_origin(self, origin: String) -> OriginError {
+        let error = match self {
+            SessionError::Silent => {
+                return OriginError::Unreachable {
+                    origin,
+                    reason: format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()),
+                };
+            }
+            SessionError::Gone => {
+                return OriginError::Unreachable {
+                    origin,
+                    reason: "the connection broke".into(),
+                };
+            }
+            SessionError::Database(error) => error,
+        };
+        match error {
+            Error::Io(IoError::Io(e)) => OriginError::Unreachable {
+                origin,
+                reason: e.to_string(),
+            },
+            Error::Io(IoError::Tls(e)) => OriginError::Failed {
+                origin,
+                reason: format!("TLS: {e}"),
+            },
+            Error::Server(e) => {
+                let reason = if quotes_statements(e.code) {
+                    format!("error {} ({})", e.code, e.state)
+                } else {
+                    format!("{} (error {})", e.message, e.code)
+                };
+                match e.code {
+                    // Too many connections, server shutting down, connection killed.
+                    1040 | 1053 | 1152 | 1203 | 1226 | 1927 => {
+                        OriginError::Unreachable { origin, reason }
+                    }
+                    1044 | 1045 | 1130 | 1142 | 1143 | 1227 | 1251 | 1698 | 1820 | 1862 | 4151 => {
+                        OriginError::Denied { origin, reason }
+                    }
+                    1049 => OriginError::NoDatabase { origin, reason },
+                    1146 => OriginError::NotInitialised { origin },
+                    _ => OriginError::Failed { origin, reason },
+                }
+            }
+            Error::Driver(mysql_async::DriverError::ConnectionClosed) => OriginError::Unreachable {
+                origin,
+                reason: "the server closed the connection".into(),
+            },
+            Error::Driver(mysql_async::DriverError::PacketTooLarge) => OriginError::Failed {
+                origin,
+                reason: "a statement is larger than the server's max_allowed_packet; raise it \
+                         there"
+                    .into(),
+            },
+            // The other driver errors may carry rows in their Debug text, never in this one.
+            other => OriginError::Failed {
+                origin,
+                reason: other.to_string(),
+            },
+        }
+    }
+}
+
+/// Errors whose text quotes values or a part of the statement: duplicate entry, syntax, wrong
+/// value. Values are users' data, which no log shows.
+fn quotes_statements(code: u16) -> bool {
+    matches!(code, 1062 | 1064 | 1292 | 1366 | 1367 | 1411 | 1586)
+}
+
+/// A connection, made when it is first needed.
+pub(crate) struct Session {
+    opts: Opts,
+    origin: String,
+    runtime: Option<Runtime>,
+    conn: Option<Conn>,
+}
+
+impl Session {
+    /// A session that is not connected yet.
+    pub(crate) fn new(url: &MySqlUrl, purpose: Purpose) -> Result<Self, OriginError> {
+        let strict = match purpose {
+            Purpose::Read => "",
+            Purpose::Write => ",STRICT_ALL_TABLES",
+        };
+        let mut setup = vec![
+            "SET NAMES utf8mb4".to_owned(),
+            format!(
+                "SET SESSION sql_mode = 'NO_BACKSLASH_ESCAPES,ANSI_QUOTES{strict}', \
+                 SESSION time_zone = '+00:00'"
+            ),
+        ];
+        if purpose == Purpose::Write {
+            // Both shorter than ANSWER_TIMEOUT, so that the server says why it waits.
+            setup.push(
+                "SET SESSION innodb_lock_wait_timeout = 20, SESSION lock_wait_timeout = 20".into(),
+            );
+        }
+        let origin = url.to_string();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|e| OriginError::Unreachable {
+                origin: origin.clone(),
+                reason: format!("no runtime for the connection: {e}"),
+            })?;
+        Ok(Session {
+            opts: OptsBuilder::from_opts(url.opts().clone())
+                .setup(setup)
+                .into(),
+            origin,
+            runtime: Some(runtime),
+            conn: None,
+        })
+    }
+
+    /// The origin as a person may see it.
+    pub(crate) fn origin(&self) -> &str {
+        &self.origin
+    }
+
+    /// Whether there is a connection that worked when it was last used.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.conn.is_some()
+    }
+
+    /// Connects if there is no connection.
+    pub(crate) fn connect(&mut self) -> Result<(), SessionError> {
+        if self.conn.is_some() {
+            return Ok(());
+        }
+        let runtime = self.runtime.as_ref().ok_or(SessionError::Gone)?;
+        let opts = self.opts.clone();
+        let connecting = runtime
+            .block_on(async { tokio::time::timeout(CONNECT_TIMEOUT, Conn::new(opts)).await });
+        match connecting {
+            Ok(conn) => {
+                self.conn = Some(conn?);
+                Ok(())
+            }
+            Err(_) => Err(SessionError::Database(Error::Io(IoError::Io(
+                std::io::Error::new(
+                    std::io::ErrorKind::TimedOut,
+                    format!("no connection within {} s", CONNECT_TIMEOUT.as_secs()),
+                ),
+            )))),
+        }
+    }
+
+    /// Runs `work` on the connection that exists; an error if there is none, since whoever calls
+    /// this has a transaction open on it. `work` bounds its own time with [`answer`].
+    pub(crate) fn run<T>(
+        &mut self,
+        work: impl AsyncFnOnce(&mut Conn) -> Result<T, SessionError>,
+    ) -> Result<T, SessionError> {
+        let (Some(runtime), Some(conn)) = (self.runtime.as_ref(), self.conn.as_mut()) else {
+            return Err(SessionError::Gone);
+        };
+        let result = runtime.block_on(work(conn));
+        if result.as_ref().is_err_and(SessionError::is_fatal) {
+            self.drop_connection();
+        }
+        result
+    }
+
+    /// Runs `work`, which only reads or may be repeated, connecting first. When a connection that
+    /// was idle proves broken, once more on a new one.
+    pub(crate) fn run_again<T>(
+        &mut self,
+        work: impl AsyncFn(&mut Conn) -> Result<T, SessionError>,
+    ) -> Result<T, SessionError> {
+        let reused = self.is_connected();
+        self.connect()?;
+        match self.run(&work) {
+            Err(SessionError::Database(Error::Io(_) | Error::Driver(_))) if reused => {
+                self.connect()?;
+                self.run(&work)
+            }
+            result => result,
+        }
+    }
+
+    /// Forgets the connection, with whatever is unread on it.
+    pub(crate) fn drop_connection(&mut self) {
+        // Outside the runtime: inside, mysql_async would first read the rest of the answer.
+        self.conn = None;
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.conn = None;
+        if let Some(runtime) = self.runtime.take() {
+            // Not the usual drop, which waits for a name lookup that may hang.
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Waits for one answer of the server, at most [`ANSWER_TIMEOUT`].
+pub(crate) async fn answer<T>(
+    waiting: impl Future<Output = Result<T, Error>>,
+) -> Result<T, SessionError> {
+    match tokio::time::timeout(ANSWER_TIMEOUT, waiting).await {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(SessionError::Silent),
+    }
+}
+
+/// Runs statements whose rows, if any, nobody wants.
+pub(crate) async fn execute(conn: &mut Conn, sql: &str) -> Result<(), SessionError> {
+    answer(conn.query_drop(sql)).await
+}

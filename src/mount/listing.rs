@@ -1,0 +1,172 @@
+//! Listings: every entry once, in key order, a page at a time, while rows come and go.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::dirs::{FixedEntry, OpenDir};
+use super::server::{Content, Fault, Inode, Server};
+use crate::tree::name;
+use crate::tree::node::{self, ControlFile, Node, TableFile};
+
+/// How many keys a listing reads at a time.
+const LIST_PAGE: usize = 512;
+
+/// The directories that are open, by handle.
+pub(super) type OpenDirs = Mutex<HashMap<u64, Arc<Mutex<OpenDir>>>>;
+
+/// Takes an entry of a listing: the position behind it, its inode if known, whether it is a
+/// directory, and its name. Returns whether it had room for it.
+pub(super) type AddEntry<'a> = dyn FnMut(u64, Option<u64>, bool, &[u8]) -> bool + 'a;
+
+impl Server {
+    /// Opens a directory; the number is for [`Server::list`].
+    pub(super) fn open_directory(&self, ino: u64) -> Result<u64, Fault> {
+        let node = self.state().slot(ino).ok_or(Fault::Stale)?.node.clone();
+        if !node.is_dir() {
+            return Err(Fault::NotADirectory);
+        }
+        let handle = self.next_directory.fetch_add(1, Ordering::Relaxed);
+        self.directories()
+            .insert(handle, Arc::new(Mutex::new(OpenDir::new(node, ino))));
+        Ok(handle)
+    }
+
+    /// Closes a directory.
+    pub(super) fn close_directory(&self, handle: u64) {
+        self.directories().remove(&handle);
+    }
+
+    /// Lists an open directory from position `offset`: gives `add` the position behind each entry,
+    /// its inode if known, whether it is a directory, and its name, until that says it is full.
+    pub(super) fn list(
+        &self,
+        handle: u64,
+        offset: u64,
+        add: &mut AddEntry<'_>,
+    ) -> Result<(), Fault> {
+        let directory = self
+            .directories()
+            .get(&handle)
+            .cloned()
+            .ok_or(Fault::Stale)?;
+        let mut directory = directory.lock().unwrap_or_else(PoisonError::into_inner);
+        if offset == 0 {
+            let fixed = self.fixed_entries(&directory)?;
+            directory.rewind(fixed);
+        }
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let mut position = offset;
+        for entry in directory.fixed.iter().skip(start) {
+            position += 1;
+            if !add(position, entry.ino, entry.is_dir, &entry.name) {
+                return Ok(());
+            }
+        }
+        self.list_keys(&mut directory, offset, add)
+    }
+
+    fn list_keys(
+        &self,
+        directory: &mut OpenDir,
+        offset: u64,
+        add: &mut AddEntry<'_>,
+    ) -> Result<(), Fault> {
+        let prefix = directory.prefix();
+        let Some(name) = directory.node.table().cloned() else {
+            return Ok(());
+        };
+        let first = directory.fixed.len() as u64;
+        let (mut position, mut after) = match directory.resume(offset) {
+            Some((position, key)) => (position, Some(key)),
+            None => (first, None),
+        };
+        loop {
+            let view = self.state().view();
+            let Some(table) = view.catalog.get(&name) else {
+                return Ok(());
+            };
+            let Some(ty) = table.schema.key_fields().nth(prefix.len()).map(|f| f.ty) else {
+                return Ok(());
+            };
+            let page = self.read(|reader| reader.keys(table, &prefix, after.as_ref(), LIST_PAGE));
+            let Some(page) = self.checked(&view, page)? else {
+                continue;
+            };
+            let last_page = page.value.len() < LIST_PAGE;
+            for key in page.value {
+                position += 1;
+                let text = name::encode(ty, &key);
+                if position > offset
+                    && let Some(text) = text
+                    && !add(position, None, true, &text)
+                {
+                    return Ok(());
+                }
+                directory.passed(position, &key);
+                after = Some(key);
+            }
+            if last_page {
+                return Ok(());
+            }
+        }
+    }
+
+    fn fixed_entries(&self, directory: &OpenDir) -> Result<Vec<FixedEntry>, Fault> {
+        let mut entries = Vec::new();
+        let fixed = |name: &str, is_dir: bool| FixedEntry {
+            name: name.as_bytes().to_vec(),
+            ino: None,
+            is_dir,
+        };
+        for name in [".", ".."] {
+            entries.push(FixedEntry {
+                ino: (name == ".").then_some(directory.ino),
+                ..fixed(name, true)
+            });
+        }
+        match &directory.node {
+            Node::Root => {
+                let view = self.state().view();
+                entries.push(fixed(node::CONTROL_DIR, true));
+                entries.extend(view.catalog.families().map(|f| fixed(f.as_str(), true)));
+            }
+            Node::Control => {
+                let ready = self.board.progress().ready;
+                let files = ControlFile::ALL.into_iter();
+                let files = files.filter(|f| *f != ControlFile::Ready || ready);
+                entries.extend(files.map(|f| fixed(f.name(), false)));
+            }
+            Node::Family(family) => {
+                let view = self.state().view();
+                let tables = view.catalog.tables_of(family);
+                entries.extend(tables.map(|t| fixed(t.name.table.as_str(), true)));
+            }
+            Node::Table(_) => {
+                entries.extend(TableFile::ALL.into_iter().map(|f| fixed(f.name(), false)));
+            }
+            Node::Dir(..) => {
+                if let Inode::Present {
+                    found: Some(found), ..
+                } = self.inspect(directory.ino)?
+                    && let Content::Row(table, row) = found.content
+                {
+                    let fields = table.schema.fields().iter().zip(&row.values);
+                    let set = fields.filter(|(_, value)| !value.is_null());
+                    entries.extend(set.map(|(field, _)| fixed(field.name.as_str(), false)));
+                    entries.push(fixed(node::ROW_JSON, false));
+                }
+            }
+            Node::ControlFile(_) | Node::TableFile(..) | Node::RowFile(..) => {
+                return Err(Fault::NotADirectory);
+            }
+        }
+        Ok(entries)
+    }
+
+    fn directories(&self) -> MutexGuard<'_, HashMap<u64, Arc<Mutex<OpenDir>>>> {
+        self.directories
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}

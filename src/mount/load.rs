@@ -1,0 +1,290 @@
+//! What there is to say of a place: read from the LDB or from a row read lately, and turned into
+//! attributes and bytes.
+
+use std::borrow::Cow;
+use std::hash::BuildHasher;
+use std::sync::{Arc, PoisonError};
+
+use super::server::{Attributes, Content, Fault, Found, Server};
+use super::state::View;
+use crate::ldb::LdbError;
+use crate::ldb::reader::{At, Mark, Reader, Row};
+use crate::model::{Table, TableRef};
+use crate::tree::access::Access;
+use crate::tree::node::{Node, RowFile, SharedKey, TableFile};
+use crate::tree::render;
+
+impl Server {
+    /// What there is to say of a place in this view; `None` if it does not exist.
+    pub(super) fn load(&self, view: &View, node: &Node) -> Result<At<Option<Found>>, Fault> {
+        let here = |value| {
+            Ok(At {
+                seq: view.seq,
+                value,
+            })
+        };
+        let plain = |mark| Found {
+            size: 0,
+            mark,
+            content: Content::None,
+        };
+        let (table, key) = match node {
+            Node::Control => {
+                return here(Some(plain(Mark {
+                    seq: view.seq,
+                    time: self.started,
+                })));
+            }
+            Node::ControlFile(_) => return here(None),
+            Node::Family(family) if !view.catalog.has_family(family) => return here(None),
+            Node::Root | Node::Family(_) => {
+                let time = self.read(Reader::schema_time)?;
+                let mark = Mark {
+                    seq: time.seq,
+                    time: time.value,
+                };
+                return Ok(At {
+                    seq: time.seq,
+                    value: Some(plain(mark)),
+                });
+            }
+            Node::Table(name) | Node::TableFile(name, _) => {
+                let Some(table) = view.catalog.get(name) else {
+                    return here(None);
+                };
+                return self.load_table(table, node);
+            }
+            Node::Dir(name, key) => match view.catalog.get(name) {
+                None => return here(None),
+                Some(table) if key.len() < table.schema.key().len() => {
+                    let exists = self.read(|reader| reader.has_prefix(table, key))?;
+                    if !exists.value {
+                        return Ok(At {
+                            seq: exists.seq,
+                            value: None,
+                        });
+                    }
+                    let time = self.read(Reader::schema_time)?;
+                    let mark = Mark {
+                        seq: time.seq,
+                        time: time.value,
+                    };
+                    // Two reads: a commit between them shows as a position that is not the view's.
+                    let seq = if exists.seq == view.seq {
+                        time.seq
+                    } else {
+                        exists.seq
+                    };
+                    return Ok(At {
+                        seq,
+                        value: Some(plain(mark)),
+                    });
+                }
+                Some(table) => (table, key),
+            },
+            Node::RowFile(name, key, _) => match view.catalog.get(name) {
+                None => return here(None),
+                Some(table) => (table, key),
+            },
+        };
+        let row = self.row(view, table, node.table(), key)?;
+        let value = row.value.and_then(|row| {
+            let size = match node {
+                Node::RowFile(_, _, RowFile::Json) => {
+                    render::row_json(&table.schema, &row.values).len() as u64
+                }
+                Node::RowFile(_, _, RowFile::Field(index)) => {
+                    let index = usize::from(*index);
+                    let field = table.schema.fields().get(index)?;
+                    render::field_len(field.ty, row.values.get(index)?, self.newline)?
+                }
+                _ => 0,
+            };
+            Some(Found {
+                size,
+                mark: row.mark,
+                content: Content::Row(Arc::clone(table), row),
+            })
+        });
+        Ok(At {
+            seq: row.seq,
+            value,
+        })
+    }
+
+    pub(super) fn load_table(
+        &self,
+        table: &Arc<Table>,
+        node: &Node,
+    ) -> Result<At<Option<Found>>, Fault> {
+        let mark = self.read(|reader| reader.table_mark(table))?;
+        let bytes = match node {
+            Node::TableFile(_, TableFile::Schema) => Some(render::schema_json(table)),
+            Node::TableFile(_, TableFile::Seq) => {
+                Some(format!("{}\n", mark.value.seq).into_bytes())
+            }
+            _ => None,
+        };
+        let found = Found {
+            size: bytes.as_ref().map_or(0, |b| b.len() as u64),
+            mark: mark.value,
+            content: bytes.map_or(Content::None, Content::Bytes),
+        };
+        Ok(At {
+            seq: mark.seq,
+            value: Some(found),
+        })
+    }
+
+    /// A row of this view: one read lately, or one from the LDB, which is then kept.
+    pub(super) fn row(
+        &self,
+        view: &View,
+        table: &Arc<Table>,
+        name: Option<&Arc<TableRef>>,
+        key: &SharedKey,
+    ) -> Result<At<Option<Arc<Row>>>, Fault> {
+        let Some(name) = name else {
+            return Ok(At {
+                seq: view.seq,
+                value: None,
+            });
+        };
+        {
+            let mut state = self.state();
+            if state.view().seq == view.seq
+                && let Some(row) = state.rows().get(name, key)
+            {
+                return Ok(At {
+                    seq: view.seq,
+                    value: Some(row),
+                });
+            }
+        }
+        let read = self.read(|reader| reader.row(table, key))?;
+        let row = read.value.map(Arc::new);
+        if let Some(row) = &row {
+            let mut state = self.state();
+            if state.settle(view, read.seq) {
+                state.rows().insert(name, key, Arc::clone(row));
+            }
+        }
+        Ok(At {
+            seq: read.seq,
+            value: row,
+        })
+    }
+
+    /// The bytes of a file, from what was loaded of it.
+    pub(super) fn bytes(&self, node: &Node, found: &Found) -> Option<Vec<u8>> {
+        match (&found.content, node) {
+            (Content::Bytes(bytes), _) => Some(bytes.clone()),
+            (Content::Row(table, row), Node::RowFile(_, _, RowFile::Json)) => {
+                Some(render::row_json(&table.schema, &row.values))
+            }
+            (Content::Row(table, row), Node::RowFile(_, _, RowFile::Field(index))) => {
+                self.field(table, row, *index).map(Cow::into_owned)
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn field<'a>(
+        &self,
+        table: &Table,
+        row: &'a Row,
+        index: u16,
+    ) -> Option<Cow<'a, [u8]>> {
+        let index = usize::from(index);
+        let field = table.schema.fields().get(index)?;
+        render::field_bytes(field.ty, row.values.get(index)?, self.newline)
+    }
+
+    pub(super) fn fingerprint(&self, node: &Node, found: Option<&Found>) -> u64 {
+        match found {
+            Some(found) if !node.is_dir() && self.fingerprints => self
+                .bytes(node, found)
+                .map_or(0, |bytes| self.hasher.hash_one(bytes)),
+            _ => 0,
+        }
+    }
+
+    pub(super) fn attributes(
+        &self,
+        node: &Node,
+        ino: u64,
+        found: &Found,
+        links: u32,
+    ) -> Attributes {
+        let access = self.access_of(node);
+        let is_dir = node.is_dir();
+        Attributes {
+            ino,
+            is_dir,
+            size: found.size,
+            time: found.mark.time,
+            mode: if is_dir {
+                access.dir_mode()
+            } else {
+                access.file_mode()
+            },
+            uid: access.uid,
+            gid: access.gid,
+            links,
+        }
+    }
+
+    pub(super) fn access_of(&self, node: &Node) -> Access {
+        match node {
+            Node::Root => self.access.default_access(),
+            Node::Control | Node::ControlFile(_) => self.access.of_control(),
+            Node::Family(family) => self.access.of_family(family),
+            Node::Table(t) | Node::TableFile(t, _) | Node::Dir(t, _) | Node::RowFile(t, _, _) => {
+                self.access.of_table(t)
+            }
+        }
+    }
+
+    /// `None` if the answer failed because the tables have changed under it.
+    pub(super) fn checked<T, E: Into<Fault>>(
+        &self,
+        view: &View,
+        answer: Result<T, E>,
+    ) -> Result<Option<T>, Fault> {
+        match answer {
+            Ok(answer) => Ok(Some(answer)),
+            Err(error) => {
+                // A statement prepared for tables that are no longer there.
+                let now = self.read(Reader::catalog)?;
+                let mut state = self.state();
+                if state.settle(view, now.seq) {
+                    return Err(error.into());
+                }
+                drop(state);
+                self.catch_up()?;
+                Ok(None)
+            }
+        }
+    }
+
+    pub(super) fn read<T>(
+        &self,
+        read: impl FnOnce(&mut Reader) -> rusqlite::Result<T>,
+    ) -> Result<T, LdbError> {
+        let reader = self
+            .readers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        let mut reader = match reader {
+            Some(reader) => reader,
+            None => Reader::open(&self.ldb)?,
+        };
+        let answer = read(&mut reader);
+        self.readers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(reader);
+        answer.map_err(|error| LdbError::from_sqlite(&self.ldb, "read", &error))
+    }
+}

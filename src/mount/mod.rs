@@ -1,0 +1,318 @@
+//! The mount: serves the tree over FUSE, and keeps the kernel's caches right while the LDB changes.
+//!
+//! [`mount`] puts the tree in place and returns while threads of its own serve it. [`fs`] is the
+//! only file that speaks FUSE's requests; [`server`] answers them from the LDB; [`state`] is what
+//! the kernel was told; [`flip`] and [`observer`] make a commit visible.
+
+mod counters;
+mod dirs;
+mod flip;
+mod fs;
+mod kept;
+mod listing;
+mod load;
+mod observer;
+mod server;
+mod state;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, SystemTime};
+
+use fuser::{BackgroundSession, Config, MountOption, Notifier, Session, SessionACL};
+
+use self::counters::Requests;
+use self::fs::Fs;
+use self::observer::Flipper;
+use self::server::{Server, ServerSettings};
+use self::state::Lifetimes;
+use crate::ldb::LdbError;
+use crate::ldb::reader::Reader;
+use crate::model::Seq;
+use crate::reflector::CommitObserver;
+use crate::status::StatusBoard;
+use crate::tree::access::AccessRules;
+
+/// What to mount, and how.
+#[derive(Debug)]
+pub struct Settings {
+    /// Where the tree appears: an existing directory.
+    pub mountpoint: PathBuf,
+    /// The LDB to show.
+    pub ldb: PathBuf,
+    /// Who writes it.
+    pub source: Source,
+    /// Where superseded versions that are still open go when memory is short.
+    pub state_dir: Option<PathBuf>,
+    /// Modes and owners.
+    pub access: AccessRules,
+    /// Whether integer, decimal and string fields end with a newline.
+    pub newline: bool,
+    /// Whether users other than the one who mounts may enter.
+    pub allow_other: bool,
+    /// How many requests are served at once.
+    pub threads: usize,
+    /// Whether OPEN is answered in the ordinary way; for comparison only.
+    pub plain_open: bool,
+}
+
+/// Who writes the LDB.
+#[derive(Debug, Clone, Copy)]
+pub enum Source {
+    /// This process, which tells [`Mounted::observer`] of each commit: readers see whole
+    /// transactions.
+    Owned,
+    /// Another process: changes are found out, at the latest after this long.
+    Foreign {
+        /// How stale an answer may be.
+        check_interval: Duration,
+    },
+}
+
+/// Renders `status.json`, at each lookup of it. Must not wait for anything.
+pub type StatusSource = Box<dyn Fn(&MountCounters) -> Vec<u8> + Send + Sync>;
+
+/// What the mount knows of itself.
+#[derive(Debug, Clone, Default)]
+pub struct MountCounters {
+    /// Requests of the kernel so far, by kind.
+    pub requests: BTreeMap<&'static str, u64>,
+    /// Requests of the kernel so far.
+    pub requests_total: u64,
+    /// Inodes that the kernel holds.
+    pub nodes: u64,
+    /// Bytes of superseded versions in memory.
+    pub kept_bytes: u64,
+    /// Bytes of superseded versions in the state directory.
+    pub spilled_bytes: u64,
+    /// The position of the tree.
+    pub seq: Seq,
+    /// Families in the tree.
+    pub families: u64,
+    /// Tables in the tree.
+    pub tables: u64,
+    /// What the kernel lacks, and what follows from it.
+    pub fallbacks: Vec<String>,
+}
+
+/// Why a tree could not be mounted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The LDB cannot be read.
+    #[error(transparent)]
+    Ldb(#[from] LdbError),
+    /// The kernel or fusermount3 refused.
+    #[error("cannot mount on {}: {source}", .mountpoint.display())]
+    Refused {
+        /// The mount point.
+        mountpoint: PathBuf,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// The session broke off.
+    #[error("the mount on {} broke off: {source}", .mountpoint.display())]
+    Broken {
+        /// The mount point.
+        mountpoint: PathBuf,
+        /// What happened.
+        source: std::io::Error,
+    },
+}
+
+/// A mounted tree. Dropping it unmounts.
+pub struct Mounted {
+    session: Option<BackgroundSession>,
+    notifier: Notifier,
+    server: Arc<Server>,
+    mountpoint: PathBuf,
+    /// Dropped to end the thread that watches a foreign LDB.
+    _watcher: Option<Sender<()>>,
+}
+
+/// Unmounts from wherever it is needed.
+#[derive(Debug, Clone)]
+pub struct Unmounter {
+    mountpoint: PathBuf,
+}
+
+/// Mounts the tree. When this returns, it can be read.
+pub fn mount(
+    settings: Settings,
+    status: StatusSource,
+    board: Arc<StatusBoard>,
+) -> Result<Mounted, MountError> {
+    let requests = Arc::new(Requests::default());
+    let lifetimes = match settings.source {
+        Source::Owned => Lifetimes::UntilNotified,
+        // Half for the kernel's entries, half for the check that drops the rows read lately.
+        Source::Foreign { check_interval } => Lifetimes::For(check_interval / 2),
+    };
+    let status: StatusSource = {
+        let requests = Arc::clone(&requests);
+        Box::new(move |counters| {
+            let counts = requests.counts();
+            status(&MountCounters {
+                requests_total: counts.values().sum(),
+                requests: counts,
+                fallbacks: requests.fallbacks(),
+                ..counters.clone()
+            })
+        })
+    };
+    let server = Arc::new(Server::new(
+        ServerSettings {
+            ldb: settings.ldb,
+            lifetimes,
+            spill: settings.state_dir,
+            access: settings.access,
+            newline: settings.newline,
+            started: SystemTime::now(),
+        },
+        status,
+        board,
+    )?);
+    let mut config = Config::default();
+    config.mount_options = vec![
+        MountOption::FSName("ctlfs".into()),
+        MountOption::Subtype("ctlfs".into()),
+        MountOption::DefaultPermissions,
+        MountOption::RO,
+        MountOption::NoDev,
+        MountOption::NoSuid,
+        MountOption::NoExec,
+        MountOption::NoAtime,
+    ];
+    config.acl = if settings.allow_other {
+        SessionACL::All
+    } else {
+        SessionACL::Owner
+    };
+    config.n_threads = Some(settings.threads.max(1));
+    let refused = |source| MountError::Refused {
+        mountpoint: settings.mountpoint.clone(),
+        source,
+    };
+    let fs = Fs::new(Arc::clone(&server), requests, !settings.plain_open);
+    let session = Session::new(fs, &settings.mountpoint, &config).map_err(refused)?;
+    let session = session.spawn().map_err(refused)?;
+    let watcher = match settings.source {
+        Source::Owned => None,
+        Source::Foreign { check_interval } => Some(watch(&server, check_interval / 2)?),
+    };
+    Ok(Mounted {
+        notifier: session.notifier(),
+        session: Some(session),
+        server,
+        mountpoint: settings.mountpoint,
+        _watcher: watcher,
+    })
+}
+
+/// Starts a thread that drops what was read of a foreign LDB when that has changed.
+fn watch(server: &Arc<Server>, interval: Duration) -> Result<Sender<()>, LdbError> {
+    let (stop, stopped) = channel();
+    let server = Arc::clone(server);
+    let mut reader = Reader::open(server.ldb())?;
+    std::thread::spawn(move || {
+        let mut seen = None;
+        while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+            let version = reader.data_version();
+            let result = match version {
+                Ok(version) if seen == Some(version) => continue,
+                Ok(version) => {
+                    seen = Some(version);
+                    server.follow()
+                }
+                Err(error) => Err(LdbError::from_sqlite(server.ldb(), "check", &error).into()),
+            };
+            if let Err(fault) = result {
+                tracing::warn!(%fault, "cannot check the LDB for changes");
+            }
+        }
+    });
+    Ok(stop)
+}
+
+impl Mounted {
+    /// Whoever writes the LDB tells this of each commit.
+    pub fn observer(&self) -> Box<dyn CommitObserver> {
+        Box::new(Flipper::new(
+            Arc::clone(&self.server),
+            self.notifier.clone(),
+        ))
+    }
+
+    /// Something to unmount with from another thread.
+    pub fn unmounter(&self) -> Unmounter {
+        Unmounter {
+            mountpoint: self.mountpoint.clone(),
+        }
+    }
+
+    /// Whether the tree is no longer mounted.
+    pub fn is_finished(&self) -> bool {
+        self.session
+            .as_ref()
+            .is_none_or(|session| session.guard.is_finished())
+    }
+
+    /// Waits until somebody unmounts the tree.
+    pub fn wait(mut self) -> Result<(), MountError> {
+        let Some(session) = self.session.take() else {
+            return Ok(());
+        };
+        session.join().map_err(|source| MountError::Broken {
+            mountpoint: self.mountpoint.clone(),
+            source,
+        })
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let Some(session) = self.session.take() else {
+            return;
+        };
+        if !session.guard.is_finished() {
+            self.unmounter().unmount();
+        }
+        // Its own drop would unmount by path once more; by then something else may be there.
+        std::mem::forget(session);
+    }
+}
+
+impl Unmounter {
+    /// Takes the tree out of the file system. Files that are open stay readable for as long as the
+    /// daemon lives.
+    pub fn unmount(&self) {
+        if let Err(error) = detach(&self.mountpoint) {
+            tracing::warn!(%error, mountpoint = %self.mountpoint.display(), "cannot unmount");
+        }
+    }
+}
+
+/// Unmounts lazily: with umount2 where that is allowed, else with fusermount3.
+fn detach(mountpoint: &Path) -> std::io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(mountpoint.as_os_str().as_bytes())?;
+    // SAFETY: `path` is a NUL-terminated string that outlives the call.
+    if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } == 0 {
+        return Ok(());
+    }
+    let error = std::io::Error::last_os_error();
+    if error.raw_os_error() != Some(libc::EPERM) {
+        return Err(error);
+    }
+    let output = std::process::Command::new("fusermount3")
+        .args(["-u", "-z", "--"])
+        .arg(mountpoint)
+        .output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(std::io::Error::other(
+        String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+    ))
+}

@@ -1,0 +1,149 @@
+//! The flip as the reflector drives it: what the kernel may hold is invalidated before the commit,
+//! attributes after it.
+//!
+//! A notification takes a lock of the directory in the kernel and waits for the lookups in flight
+//! there, which need this daemon's workers. So none is sent while the state's lock is held, and no
+//! worker ever waits for this thread.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use fuser::{INodeNo, Notifier};
+
+use super::flip::Plan;
+use super::server::Server;
+use crate::model::{ChangeSet, Extent};
+use crate::reflector::CommitObserver;
+use crate::tree::node::Node;
+
+/// After so many changed rows the state's lock is let go for a moment.
+const ROWS_AT_ONCE: usize = 256;
+
+/// Carries out the flip for one mount.
+pub(super) struct Flipper {
+    server: Arc<Server>,
+    notifier: Notifier,
+    /// Inodes whose attributes are out of date once the commit has happened.
+    attributes: Vec<u64>,
+    /// Whether a failed notification was logged already.
+    complained: bool,
+}
+
+impl Flipper {
+    pub(super) fn new(server: Arc<Server>, notifier: Notifier) -> Self {
+        Flipper {
+            server,
+            notifier,
+            attributes: Vec::new(),
+            complained: false,
+        }
+    }
+
+    /// Keeps the old bytes of `plan`'s files, then invalidates its entries.
+    fn carry_out(&mut self, plan: Plan) {
+        for (ino, node) in plan.keep {
+            match self.server.old_version(&node) {
+                Ok(version) => {
+                    let mut state = self.server.state();
+                    if let (Some(version), Some(slot)) = (version, state.slot_mut(ino)) {
+                        slot.version.get_or_insert_with(|| Arc::new(version));
+                    }
+                }
+                Err(fault) => {
+                    tracing::error!(%fault, "an open file may lose its content: its old version cannot be kept");
+                }
+            }
+        }
+        for (parent, name) in plan.entries {
+            let sent = self
+                .notifier
+                .inval_entry(INodeNo(parent), OsStr::from_bytes(&name));
+            self.note(sent);
+        }
+        self.attributes.extend(plan.attributes);
+    }
+
+    fn note(&mut self, sent: std::io::Result<()>) {
+        // ENOTCONN and ENODEV: the mount is going away, and its caches with it.
+        if let Err(error) = sent
+            && !matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ENODEV))
+            && !std::mem::replace(&mut self.complained, true)
+        {
+            tracing::error!(%error, "the kernel refused an invalidation; readers may see old values");
+        }
+    }
+
+    fn carry_out_rows(&mut self, changes: &ChangeSet) {
+        for change in &changes.tables {
+            match &change.extent {
+                Extent::Whole => {
+                    let plan = self.server.state().collect_table(&change.table);
+                    self.carry_out(plan);
+                }
+                Extent::Rows { rows, dirs } => {
+                    let table = Arc::new(change.table.clone());
+                    let (plan, fields) = {
+                        let mut state = self.server.state();
+                        let fields = state
+                            .view()
+                            .catalog
+                            .get(&table)
+                            .map_or(0, |table| table.schema.fields().len());
+                        (state.collect_rows_table(&table), fields)
+                    };
+                    self.carry_out(plan);
+                    for rows in rows.chunks(ROWS_AT_ONCE) {
+                        let mut plan = Plan::default();
+                        {
+                            let mut state = self.server.state();
+                            for row in rows {
+                                state.collect_row(&mut plan, &table, &row.key, row.kind, fields);
+                            }
+                        }
+                        self.carry_out(plan);
+                    }
+                    let mut plan = Plan::default();
+                    for dir in dirs {
+                        let node = Node::Dir(Arc::clone(&table), dir.prefix.as_ref().into());
+                        self.server.state().collect_dir(&mut plan, node);
+                    }
+                    self.carry_out(plan);
+                }
+            }
+        }
+    }
+}
+
+impl CommitObserver for Flipper {
+    fn before_commit(&mut self, changes: &ChangeSet) {
+        self.attributes.clear();
+        let plan = {
+            let mut state = self.server.state();
+            state.begin(changes);
+            state.collect_catalog(changes)
+        };
+        self.carry_out(plan);
+        self.carry_out_rows(changes);
+    }
+
+    fn after_commit(&mut self, _: &ChangeSet) {
+        self.server.state().finish();
+        let inodes: Vec<u64> = {
+            let state = self.server.state();
+            self.attributes
+                .drain(..)
+                .filter(|ino| state.slot(*ino).is_some())
+                .collect()
+        };
+        for ino in inodes {
+            // A negative offset leaves the cached pages alone.
+            let sent = self.notifier.inval_inode(INodeNo(ino), -1, 0);
+            self.note(sent);
+        }
+    }
+
+    fn commit_failed(&mut self, _: &ChangeSet) {
+        self.server.state().abandon();
+    }
+}

@@ -1,0 +1,417 @@
+//! What the kernel knows: inodes and the places they stand for, the rows read lately, the names
+//! answered as absent, and the transition under way.
+//!
+//! [`State`] is plain data behind one mutex (see [`super::server`]); nothing here does IO, sends a
+//! notification or blocks.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use lru::LruCache;
+
+use super::flip::{Touch, Transition};
+use super::kept::Kept;
+use crate::ldb::reader::Row;
+use crate::model::{Catalog, LedgerTime, Seq, TableRef};
+use crate::tree::node::{Node, SharedKey};
+
+/// The inode of the mount point, as the kernel fixes it.
+pub(super) const ROOT: u64 = 1;
+/// How long the kernel may keep what only a notification makes invalid.
+pub(super) const LONG: Duration = Duration::from_secs(365 * 24 * 3600);
+/// How long it may keep that a name is absent. The kernel does not tell when it drops such an
+/// entry, so each is remembered for just this long.
+const ABSENT: Duration = Duration::from_secs(60);
+/// How many absent names are remembered at the most; beyond that they are not cached.
+const ABSENT_LIMIT: usize = 65_536;
+
+/// The bytes and time of a version that no longer follows the LDB.
+#[derive(Debug)]
+pub(super) struct Version {
+    /// The content; `None` for directories.
+    pub(super) bytes: Option<Arc<Kept>>,
+    /// Its modification time.
+    pub(super) time: LedgerTime,
+}
+
+/// An inode that the kernel holds.
+#[derive(Debug)]
+pub(super) struct Slot {
+    /// The place it stands for.
+    pub(super) node: Node,
+    /// How often the kernel was told of it, less what it has forgotten.
+    lookups: u64,
+    /// Content that is fixed: of a version being superseded, or of a control file.
+    pub(super) version: Option<Arc<Version>>,
+    /// Whether the place has moved on to another inode, or is gone.
+    pub(super) detached: bool,
+    /// A fingerprint of the content, where changes come without a warning.
+    pub(super) fingerprint: u64,
+}
+
+/// The position and tables that an answer is computed against.
+#[derive(Debug, Clone)]
+pub(super) struct View {
+    /// The position.
+    pub(super) seq: Seq,
+    /// The tables at that position.
+    pub(super) catalog: Arc<Catalog>,
+}
+
+/// How an entry went to the kernel.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entered {
+    /// The inode.
+    pub(super) ino: u64,
+    /// How long the name may be kept.
+    pub(super) entry_ttl: Duration,
+    /// How long the attributes may be kept.
+    pub(super) attr_ttl: Duration,
+}
+
+/// Where changes come from, and so how long answers hold.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Lifetimes {
+    /// Every commit is announced before it happens: answers hold until then.
+    UntilNotified,
+    /// Commits are found out afterwards: answers hold this long.
+    For(Duration),
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct State {
+    view: View,
+    lifetimes: Lifetimes,
+    slots: HashMap<u64, Slot>,
+    inodes: HashMap<Node, u64>,
+    next: u64,
+    pub(super) transition: Option<Transition>,
+    absent: HashMap<(u64, Box<[u8]>), Instant>,
+    rows: RowCache,
+}
+
+impl State {
+    /// The state of a new mount: the kernel knows the root only.
+    pub(super) fn new(view: View, lifetimes: Lifetimes, row_bytes: usize) -> Self {
+        let mut state = State {
+            view,
+            lifetimes,
+            slots: HashMap::new(),
+            inodes: HashMap::new(),
+            next: ROOT,
+            transition: None,
+            absent: HashMap::new(),
+            rows: RowCache::new(row_bytes),
+        };
+        state.allocate(Node::Root, None, 0);
+        state
+    }
+
+    /// What answers are to be computed against now.
+    pub(super) fn view(&self) -> View {
+        self.view.clone()
+    }
+
+    /// Moves to another position. The caller has dealt with what changed in between.
+    pub(super) fn advance(&mut self, seq: Seq, catalog: Option<Arc<Catalog>>) {
+        self.view.seq = seq;
+        if let Some(catalog) = catalog {
+            self.view.catalog = catalog;
+        }
+    }
+
+    /// Whether an answer computed against `view`, from data read at `seq`, holds now. If the data
+    /// shows that the commit under way has happened, its flip is completed first.
+    pub(super) fn settle(&mut self, view: &View, seq: Seq) -> bool {
+        if self.transition.as_ref().is_some_and(|t| t.to == seq) {
+            self.finish();
+        }
+        self.view.seq == seq && view.seq == seq
+    }
+
+    /// The inode, if the kernel may still hold it.
+    pub(super) fn slot(&self, ino: u64) -> Option<&Slot> {
+        self.slots.get(&ino)
+    }
+
+    /// For changing an inode's version.
+    pub(super) fn slot_mut(&mut self, ino: u64) -> Option<&mut Slot> {
+        self.slots.get_mut(&ino)
+    }
+
+    /// All inodes.
+    pub(super) fn slots(&self) -> impl Iterator<Item = (u64, &Slot)> {
+        self.slots.iter().map(|(ino, slot)| (*ino, slot))
+    }
+
+    /// How many inodes the kernel holds.
+    pub(super) fn slot_count(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The inode that stands for `node` now.
+    pub(super) fn ino(&self, node: &Node) -> Option<u64> {
+        self.inodes.get(node).copied()
+    }
+
+    /// Hands `node` to the kernel once more: under its present inode, or a new one.
+    pub(super) fn enter(&mut self, node: Node, fingerprint: u64) -> Entered {
+        let touch = self.touch(&node);
+        let known = self.ino(&node).filter(|ino| {
+            // Where no warning comes, a changed content is what makes a new version.
+            self.slots
+                .get(ino)
+                .is_some_and(|slot| slot.fingerprint == fingerprint)
+        });
+        let ino = match known {
+            Some(ino) => ino,
+            None => {
+                if let Some(old) = self.ino(&node) {
+                    self.detach(old);
+                }
+                self.allocate(node, None, fingerprint)
+            }
+        };
+        if let Some(slot) = self.slots.get_mut(&ino) {
+            slot.lookups += 1;
+        }
+        if let Some(transition) = self.transition.as_mut().filter(|_| touch == Touch::Entry) {
+            transition.late.push(ino);
+        }
+        let ttl = self.lifetime();
+        Entered {
+            ino,
+            entry_ttl: if touch == Touch::Entry {
+                Duration::ZERO
+            } else {
+                ttl
+            },
+            attr_ttl: if touch == Touch::None {
+                ttl
+            } else {
+                Duration::ZERO
+            },
+        }
+    }
+
+    /// Hands a content to the kernel that is fixed for this inode alone.
+    pub(super) fn enter_frozen(&mut self, node: Node, version: Version) -> Entered {
+        self.next += 1;
+        let ino = self.next;
+        let slot = Slot {
+            node,
+            lookups: 1,
+            version: Some(Arc::new(version)),
+            detached: false,
+            fingerprint: 0,
+        };
+        self.slots.insert(ino, slot);
+        Entered {
+            ino,
+            entry_ttl: Duration::ZERO,
+            attr_ttl: LONG,
+        }
+    }
+
+    /// How long the kernel may keep that `parent` has no `name`; `node` is what the name would
+    /// lead to, if anything.
+    pub(super) fn enter_absent(
+        &mut self,
+        parent: u64,
+        name: &[u8],
+        node: Option<&Node>,
+    ) -> Duration {
+        let touched = match node {
+            Some(node) => self.touch(node) != Touch::None,
+            None => self.touches_names_in(parent),
+        };
+        match self.lifetimes {
+            _ if touched => Duration::ZERO,
+            Lifetimes::For(ttl) => ttl,
+            Lifetimes::UntilNotified => {
+                let now = Instant::now();
+                if self.absent.len() >= ABSENT_LIMIT {
+                    self.absent.retain(|_, until| *until > now);
+                }
+                if self.absent.len() >= ABSENT_LIMIT {
+                    return Duration::ZERO;
+                }
+                // Remembered a little longer than the kernel keeps it.
+                self.absent
+                    .insert((parent, name.into()), now + ABSENT + Duration::from_secs(5));
+                ABSENT
+            }
+        }
+    }
+
+    /// Whether the kernel may hold that `parent` has no `name`.
+    pub(super) fn is_absent(&self, parent: u64, name: &[u8]) -> bool {
+        // The key's owned form is needed to ask; both are small.
+        !self.absent.is_empty() && self.absent.contains_key(&(parent, name.into()))
+    }
+
+    /// The names held as absent below the directories for which `of` says yes.
+    pub(super) fn absent_in(&self, of: impl Fn(&Slot) -> bool) -> Vec<(u64, Vec<u8>)> {
+        self.absent
+            .keys()
+            .filter(|(parent, _)| self.slots.get(parent).is_some_and(&of))
+            .map(|(parent, name)| (*parent, name.to_vec()))
+            .collect()
+    }
+
+    /// The kernel has dropped `count` of its references to `ino`.
+    pub(super) fn forget(&mut self, ino: u64, count: u64) {
+        if ino == ROOT {
+            return;
+        }
+        let Some(slot) = self.slots.get_mut(&ino) else {
+            return;
+        };
+        slot.lookups = slot.lookups.saturating_sub(count);
+        if slot.lookups == 0
+            && let Some(slot) = self.slots.remove(&ino)
+            && self.inodes.get(&slot.node) == Some(&ino)
+        {
+            self.inodes.remove(&slot.node);
+        }
+    }
+
+    /// The place of `ino` moves on: the next lookup of it gets another inode.
+    pub(super) fn detach(&mut self, ino: u64) {
+        let Some(slot) = self.slots.get_mut(&ino) else {
+            return;
+        };
+        slot.detached = true;
+        if self.inodes.get(&slot.node) == Some(&ino) {
+            self.inodes.remove(&slot.node);
+        }
+    }
+
+    /// How long answers hold that nothing is about to change.
+    pub(super) fn lifetime(&self) -> Duration {
+        match self.lifetimes {
+            Lifetimes::UntilNotified => LONG,
+            Lifetimes::For(ttl) => ttl,
+        }
+    }
+
+    /// The rows read lately. They are those of the present view.
+    pub(super) fn rows(&mut self) -> &mut RowCache {
+        &mut self.rows
+    }
+
+    fn touches_names_in(&self, parent: u64) -> bool {
+        let (Some(transition), Some(slot)) = (&self.transition, self.slots.get(&parent)) else {
+            return false;
+        };
+        match slot.node.table() {
+            Some(table) => transition.is_whole(table),
+            None => transition.catalog.is_some(),
+        }
+    }
+
+    fn allocate(&mut self, node: Node, version: Option<Arc<Version>>, fingerprint: u64) -> u64 {
+        let ino = if node == Node::Root {
+            ROOT
+        } else {
+            self.next + 1
+        };
+        self.next = ino;
+        self.inodes.insert(node.clone(), ino);
+        self.slots.insert(
+            ino,
+            Slot {
+                node,
+                lookups: 0,
+                version,
+                detached: false,
+                fingerprint,
+            },
+        );
+        ino
+    }
+}
+
+/// The rows read lately, within a bound of bytes.
+#[derive(Debug)]
+pub(super) struct RowCache {
+    rows: LruCache<(Arc<TableRef>, SharedKey), Arc<Row>>,
+    bytes: usize,
+    limit: usize,
+}
+
+impl RowCache {
+    fn new(limit: usize) -> Self {
+        RowCache {
+            rows: LruCache::unbounded(),
+            bytes: 0,
+            limit,
+        }
+    }
+
+    /// How many rows there are.
+    pub(super) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// A row, if it was read lately.
+    pub(super) fn get(&mut self, table: &Arc<TableRef>, key: &SharedKey) -> Option<Arc<Row>> {
+        self.rows
+            .get(&(Arc::clone(table), Arc::clone(key)))
+            .cloned()
+    }
+
+    /// Keeps a row. The newest is kept whatever its size, so that a large file is not read from
+    /// the LDB once for each part of it.
+    pub(super) fn insert(&mut self, table: &Arc<TableRef>, key: &SharedKey, row: Arc<Row>) {
+        self.bytes += weight(&row);
+        if let Some((_, old)) = self.rows.push((Arc::clone(table), Arc::clone(key)), row) {
+            self.bytes -= weight(&old);
+        }
+        while self.bytes > self.limit && self.rows.len() > 1 {
+            if let Some((_, old)) = self.rows.pop_lru() {
+                self.bytes -= weight(&old);
+            }
+        }
+    }
+
+    /// Drops one row.
+    pub(super) fn remove(&mut self, table: &Arc<TableRef>, key: &SharedKey) {
+        if let Some(old) = self.rows.pop(&(Arc::clone(table), Arc::clone(key))) {
+            self.bytes -= weight(&old);
+        }
+    }
+
+    /// Drops the rows for which `stale` says yes.
+    pub(super) fn remove_where(&mut self, stale: impl Fn(&TableRef, &SharedKey) -> bool) {
+        let keys: Vec<_> = self
+            .rows
+            .iter()
+            .map(|(k, _)| k)
+            .filter(|(t, k)| stale(t, k))
+            .cloned()
+            .collect();
+        for (table, key) in keys {
+            self.remove(&table, &key);
+        }
+    }
+
+    /// Drops all rows.
+    pub(super) fn clear(&mut self) {
+        self.rows.clear();
+        self.bytes = 0;
+    }
+}
+
+/// About how much memory a cached row takes.
+fn weight(row: &Row) -> usize {
+    const ENTRY: usize = 200;
+    let values: usize = row
+        .values
+        .iter()
+        .map(|v| v.bytes().map_or(0, <[u8]>::len) + size_of_val(v))
+        .sum();
+    ENTRY + values
+}

@@ -1,0 +1,567 @@
+//! The reflector's loop: fetch, apply, commit, wait.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use tracing::{error, info, warn};
+
+use super::pace::{Backoff, jitter, random};
+use super::sequence::{Head, continues, statement_head, transaction_start, whole_transactions};
+use super::{CommitObserver, Settings, StopHandle};
+use crate::ldb::{ApplyError, Batch, LdbError, LdbWriter, Position, statement_digest};
+use crate::ledger::{Entry, Origin, OriginError};
+use crate::model::Seq;
+use crate::status::{Problem, ProblemKind, StatusBoard};
+
+/// An unfinished ledger transaction is a problem when it is still so after this many looks.
+const PATIENCE: u32 = 3;
+/// How many gaps are looked at in one idle poll, and how many sequences they may span.
+const GAPS_AT_ONCE: u32 = 256;
+const GAP_SPAN: u64 = 1_000;
+
+/// Replays a ledger into an LDB.
+pub struct Reflector {
+    origin: Box<dyn Origin>,
+    writer: LdbWriter,
+    observer: Box<dyn CommitObserver>,
+    board: Arc<StatusBoard>,
+    settings: Settings,
+    /// Fetched and not yet applied.
+    queue: VecDeque<Entry>,
+    queued_bytes: usize,
+    /// Looks in a row at the same unfinished transaction.
+    unfinished: u32,
+    /// Where the next look at the gaps begins.
+    gap_cursor: Seq,
+    asked_last: Option<Instant>,
+    caught_up: bool,
+}
+
+/// What one step of the reflector came to.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    /// Entries were fetched, to be applied next.
+    Fetched,
+    /// Entries were applied; there may be more.
+    Applied,
+    /// The LDB holds everything the ledger has.
+    Idle,
+    /// The ledger ends within a transaction.
+    Waiting,
+    /// It was told to stop.
+    Stopped,
+}
+
+/// Why a step could not be done.
+#[derive(Debug)]
+struct Obstacle {
+    kind: ProblemKind,
+    seq: Option<Seq>,
+    statement: Option<String>,
+    reason: String,
+}
+
+impl Obstacle {
+    fn ledger(seq: Seq, reason: String) -> Self {
+        Obstacle {
+            kind: ProblemKind::Ledger,
+            seq: Some(seq),
+            statement: None,
+            reason,
+        }
+    }
+}
+
+impl From<OriginError> for Obstacle {
+    fn from(error: OriginError) -> Self {
+        Obstacle {
+            kind: ProblemKind::Origin,
+            seq: None,
+            statement: None,
+            reason: error.to_string(),
+        }
+    }
+}
+
+impl From<LdbError> for Obstacle {
+    fn from(error: LdbError) -> Self {
+        Obstacle {
+            kind: ProblemKind::Storage,
+            seq: None,
+            statement: None,
+            reason: error.to_string(),
+        }
+    }
+}
+
+impl Reflector {
+    /// A reflector of `origin` into the LDB of `writer`. It tells `observer` of every commit and
+    /// keeps `board` up to date. Nothing is fetched yet.
+    pub fn new(
+        origin: Box<dyn Origin>,
+        writer: LdbWriter,
+        observer: Box<dyn CommitObserver>,
+        board: Arc<StatusBoard>,
+        settings: Settings,
+    ) -> Self {
+        let position = writer.position().clone();
+        let ready = writer.is_ready();
+        let late = writer.late().unwrap_or_default();
+        board.update(|p| {
+            p.applied = position.seq;
+            p.applied_time = position.time;
+            p.ready = ready;
+            p.late = late;
+        });
+        Reflector {
+            origin,
+            writer,
+            observer,
+            board,
+            settings,
+            queue: VecDeque::new(),
+            queued_bytes: 0,
+            unfinished: 0,
+            gap_cursor: Seq::ZERO,
+            asked_last: None,
+            caught_up: false,
+        }
+    }
+
+    /// The writer, and with it the catalog and position.
+    pub fn writer(&self) -> &LdbWriter {
+        &self.writer
+    }
+
+    /// Follows the ledger until `stop`.
+    pub fn run(&mut self, stop: &StopHandle) {
+        self.writer.stop_on(stop.flag());
+        info!(
+            origin = %self.origin.describe(),
+            position = %self.writer.position().seq,
+            "following the ledger"
+        );
+        let mut backoff = Backoff::new(Duration::from_millis(100));
+        while !stop.is_stopped() {
+            let poll = self.settings.poll_interval;
+            let wait = match self.attempt(stop) {
+                // What was fetched may fail again: that is no reason to hurry.
+                Ok(Step::Fetched) => continue,
+                Ok(Step::Applied) => {
+                    backoff.reset();
+                    continue;
+                }
+                Ok(Step::Idle | Step::Waiting) => {
+                    backoff.reset();
+                    poll
+                }
+                Ok(Step::Stopped) => break,
+                Err(ProblemKind::Origin) => backoff.next(self.settings.max_backoff),
+                Err(_) => backoff.next(poll),
+            };
+            stop.wait_timeout(jitter(wait, random()));
+        }
+        info!(position = %self.writer.position().seq, "stopped following the ledger");
+    }
+
+    /// Applies everything that the ledger has now. Returns the problem that ended it early, if
+    /// any; what could be applied before it is.
+    pub fn catch_up(&mut self, stop: &StopHandle) -> Result<(), Problem> {
+        self.writer.stop_on(stop.flag());
+        while !stop.is_stopped() {
+            match self.attempt(stop) {
+                Ok(Step::Fetched | Step::Applied) => {}
+                Ok(Step::Idle | Step::Waiting | Step::Stopped) => return Ok(()),
+                Err(kind) => {
+                    return Err(self.board.progress().problem.unwrap_or(Problem {
+                        kind,
+                        seq: None,
+                        statement: None,
+                        reason: "it was not recorded".into(),
+                        since: SystemTime::now(),
+                    }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One step, with its outcome on the board and in the log.
+    fn attempt(&mut self, stop: &StopHandle) -> Result<Step, ProblemKind> {
+        match self.step(stop) {
+            Ok(step) => {
+                match step {
+                    Step::Stopped => {}
+                    Step::Fetched => self.solved(|kind| kind == ProblemKind::Origin),
+                    Step::Applied | Step::Idle | Step::Waiting => self.solved(|_| true),
+                }
+                Ok(step)
+            }
+            Err(obstacle) => {
+                let kind = obstacle.kind;
+                // The origin may have changed by the next look: start again from the position.
+                self.clear_queue();
+                self.caught_up = false;
+                self.report(obstacle);
+                Err(kind)
+            }
+        }
+    }
+
+    fn step(&mut self, stop: &StopHandle) -> Result<Step, Obstacle> {
+        if stop.is_stopped() {
+            return Ok(Step::Stopped);
+        }
+        let Settings {
+            batch_entries,
+            batch_bytes,
+            ..
+        } = self.settings;
+        let head = whole_transactions(&self.queue, batch_entries, batch_bytes);
+        match head {
+            Head::Whole(0) => {
+                if self.fetch()? > 0 {
+                    return Ok(Step::Fetched);
+                }
+                self.unfinished = 0;
+                self.idle()?;
+                Ok(Step::Idle)
+            }
+            Head::Whole(count) => {
+                self.unfinished = 0;
+                self.apply(count)
+            }
+            Head::Unfinished(begin) => {
+                if self.queued_bytes > self.settings.transaction_bytes {
+                    if self.stream(stop)? {
+                        return Ok(Step::Applied);
+                    }
+                } else if self.fetch()? > 0 {
+                    return Ok(Step::Fetched);
+                }
+                self.unfinished = self.unfinished.saturating_add(1);
+                if self.unfinished > PATIENCE {
+                    return Err(Obstacle::ledger(
+                        begin,
+                        format!("the ledger transaction that begins at {begin} has no end"),
+                    ));
+                }
+                Ok(Step::Waiting)
+            }
+        }
+    }
+
+    /// Fetches behind what is queued. Returns how many entries came.
+    fn fetch(&mut self) -> Result<usize, Obstacle> {
+        let anchor = match self.queue.back() {
+            Some(last) => anchor(last),
+            None => self.writer.position().clone(),
+        };
+        let mut entries = self.fetch_behind(&anchor)?;
+        let count = entries.len();
+        let bytes: usize = entries.iter().map(|e| e.statement.len()).sum();
+        self.queued_bytes = self.queued_bytes.saturating_add(bytes);
+        if self.queue.is_empty() {
+            self.queue = entries.into();
+        } else {
+            self.queue.extend(entries.drain(..));
+        }
+        Ok(count)
+    }
+
+    fn fetch_behind(&mut self, anchor: &Position) -> Result<Vec<Entry>, Obstacle> {
+        let mut entries = self.origin.fetch(anchor.seq)?;
+        self.board
+            .update(|p| p.last_contact = Some(SystemTime::now()));
+        continues(anchor, &mut entries).map_err(|reason| Obstacle::ledger(anchor.seq, reason))?;
+        if let Some(last) = entries.last() {
+            self.note_last(last.seq)?;
+        }
+        Ok(entries)
+    }
+
+    /// Tells the board how far the origin is, now and then asking for it while catching up.
+    fn note_last(&mut self, seen: Seq) -> Result<(), Obstacle> {
+        let asked = self.asked_last.get_or_insert_with(|| {
+            // The first answer is due at once.
+            Instant::now()
+                .checked_sub(Duration::from_secs(5))
+                .unwrap_or_else(Instant::now)
+        });
+        let mut last = seen;
+        if asked.elapsed() >= Duration::from_secs(2) {
+            *asked = Instant::now();
+            last = self.origin.last_seq()?.unwrap_or(seen).max(seen);
+        }
+        self.board
+            .update(|p| p.origin_last = p.origin_last.max(Some(last)));
+        Ok(())
+    }
+
+    /// Applies and commits the first `count` entries of the queue; if one fails, what comes before
+    /// its ledger transaction.
+    fn apply(&mut self, count: usize) -> Result<Step, Obstacle> {
+        let mut batch = self.writer.begin()?;
+        let mut failure = None;
+        for (index, entry) in self.queue.iter().take(count).enumerate() {
+            if let Err(e) = batch.apply(entry) {
+                failure = Some((index, e));
+                break;
+            }
+        }
+        let Some((index, error)) = failure else {
+            commit(batch, &mut *self.observer)?;
+            self.applied(count);
+            return Ok(Step::Applied);
+        };
+        batch.rollback();
+        if error == ApplyError::Stopped {
+            return Ok(Step::Stopped);
+        }
+        let obstacle = self.obstacle(index, error);
+        let start = transaction_start(&self.queue, index);
+        if start > 0 && obstacle.kind != ProblemKind::Storage {
+            let mut batch = self.writer.begin()?;
+            for (index, entry) in self.queue.iter().take(start).enumerate() {
+                if let Err(error) = batch.apply(entry) {
+                    batch.rollback();
+                    return Err(self.obstacle(index, error));
+                }
+            }
+            commit(batch, &mut *self.observer)?;
+            self.applied(start);
+        }
+        Err(obstacle)
+    }
+
+    /// Applies a ledger transaction that is too large for the queue while it is fetched. Returns
+    /// whether it came to its end; if not, nothing of it is applied, and the queue holds its
+    /// beginning again.
+    fn stream(&mut self, stop: &StopHandle) -> Result<bool, Obstacle> {
+        let mut anchor = match self.queue.back() {
+            Some(last) => anchor(last),
+            None => return Ok(false),
+        };
+        let mut applied = 0usize;
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut batch = self.writer.begin()?;
+        for entry in &self.queue {
+            if let Err(error) = batch.apply(entry) {
+                return Err(failed(entry, error));
+            }
+            applied += 1;
+        }
+        while batch.open_transaction().is_some() {
+            if stop.is_stopped() {
+                return Ok(false);
+            }
+            entries = self.origin.fetch(anchor.seq)?;
+            continues(&anchor, &mut entries)
+                .map_err(|reason| Obstacle::ledger(anchor.seq, reason))?;
+            let Some(last) = entries.last() else {
+                return Ok(false);
+            };
+            anchor = self::anchor(last);
+            let mut used = 0;
+            for entry in &entries {
+                if let Err(error) = batch.apply(entry) {
+                    return Err(failed(entry, error));
+                }
+                used += 1;
+                if batch.open_transaction().is_none() {
+                    break;
+                }
+            }
+            applied += used;
+            entries.drain(..used);
+        }
+        commit(batch, &mut *self.observer)?;
+        self.clear_queue();
+        self.queued_bytes = entries.iter().map(|e| e.statement.len()).sum();
+        self.queue = entries.into();
+        self.count_applied(applied);
+        Ok(true)
+    }
+
+    /// The first `count` entries of the queue are committed.
+    fn applied(&mut self, count: usize) {
+        for entry in self.queue.drain(..count) {
+            self.queued_bytes = self.queued_bytes.saturating_sub(entry.statement.len());
+        }
+        self.count_applied(count);
+    }
+
+    fn count_applied(&self, count: usize) {
+        let position = self.writer.position();
+        let count = u64::try_from(count).unwrap_or(u64::MAX);
+        self.board.update(|p| {
+            p.applied = position.seq;
+            p.applied_time = position.time;
+            p.entries_applied = p.entries_applied.saturating_add(count);
+        });
+    }
+
+    fn obstacle(&self, index: usize, error: ApplyError) -> Obstacle {
+        match (self.queue.get(index), error) {
+            (Some(entry), error) => failed(entry, error),
+            (None, error) => Obstacle {
+                kind: ProblemKind::Storage,
+                seq: None,
+                statement: None,
+                reason: error.to_string(),
+            },
+        }
+    }
+
+    /// The ledger has nothing behind the position.
+    fn idle(&mut self) -> Result<(), Obstacle> {
+        self.writer.set_ready()?;
+        self.look_for_late_entries()?;
+        let now = SystemTime::now();
+        let seq = self.writer.position().seq;
+        self.board.update(|p| {
+            p.caught_up = Some(now);
+            p.ready = true;
+            p.origin_last = Some(seq);
+        });
+        if !self.caught_up {
+            self.caught_up = true;
+            info!(position = %seq, "caught up with the ledger");
+        }
+        Ok(())
+    }
+
+    /// Looks whether some of the gaps behind the position have filled, a part of them each time.
+    fn look_for_late_entries(&mut self) -> Result<(), Obstacle> {
+        let gaps = self.writer.gaps(self.gap_cursor, GAPS_AT_ONCE)?;
+        let Some((first, _)) = gaps.first().copied() else {
+            self.gap_cursor = Seq::ZERO;
+            return Ok(());
+        };
+        let near: Vec<_> = gaps
+            .iter()
+            .copied()
+            .enumerate()
+            .take_while(|(i, (_, last))| *i == 0 || last.get() - first.get() <= GAP_SPAN)
+            .map(|(_, gap)| gap)
+            .collect();
+        let last = near.last().map_or(first, |(_, last)| *last);
+        self.gap_cursor = last.next();
+        let found = self.origin.seqs_between(first, last)?;
+        let known = self.writer.late()?;
+        let late: Vec<Seq> = found
+            .into_iter()
+            .filter(|seq| near.iter().any(|(first, last)| first <= seq && seq <= last))
+            .filter(|seq| known.binary_search(seq).is_err())
+            .collect();
+        if late.is_empty() {
+            return Ok(());
+        }
+        self.writer.add_late(&late)?;
+        for seq in &late {
+            error!(
+                %seq,
+                position = %self.writer.position().seq,
+                "an entry of the ledger appeared behind the position and was not applied; \
+                 a writer does not take the ledger's lock"
+            );
+        }
+        let all = self.writer.late()?;
+        self.board.update(|p| p.late = all);
+        Ok(())
+    }
+
+    fn clear_queue(&mut self) {
+        self.queue.clear();
+        self.queued_bytes = 0;
+    }
+
+    /// Puts a problem on the board; into the log only when it is a new one.
+    fn report(&self, obstacle: Obstacle) {
+        let mut new = true;
+        let mut shown = None;
+        self.board.update(|p| {
+            let mut problem = Problem {
+                kind: obstacle.kind,
+                seq: obstacle.seq,
+                statement: obstacle.statement,
+                reason: obstacle.reason,
+                since: SystemTime::now(),
+            };
+            if let Some(old) = &p.problem
+                && (old.kind, old.seq) == (problem.kind, problem.seq)
+            {
+                new = false;
+                problem.since = old.since;
+            }
+            shown = Some(problem.clone());
+            p.problem = Some(problem);
+        });
+        let Some(problem) = shown.filter(|_| new) else {
+            return;
+        };
+        let position = self.writer.position().seq;
+        match (problem.seq, problem.statement) {
+            (Some(seq), Some(statement)) => error!(
+                %seq, %statement, %position, "cannot apply a ledger entry: {}", problem.reason
+            ),
+            _ if problem.kind == ProblemKind::Origin => {
+                warn!(%position, "cannot follow the ledger: {}", problem.reason);
+            }
+            _ => error!(%position, "cannot follow the ledger: {}", problem.reason),
+        }
+    }
+
+    fn solved(&self, which: impl FnOnce(ProblemKind) -> bool) {
+        let mut was = None;
+        self.board
+            .update(|p| was = p.problem.take_if(|problem| which(problem.kind)));
+        if let Some(problem) = was {
+            info!(kind = ?problem.kind, "following the ledger again");
+        }
+    }
+}
+
+/// Finishes and commits a batch, telling the observer.
+fn commit(mut batch: Batch<'_>, observer: &mut dyn CommitObserver) -> Result<(), Obstacle> {
+    let Some(changes) = batch.finish()? else {
+        return Ok(());
+    };
+    observer.before_commit(&changes);
+    match batch.commit() {
+        Ok(()) => {
+            observer.after_commit(&changes);
+            Ok(())
+        }
+        Err(e) => {
+            observer.commit_failed(&changes);
+            Err(e.into())
+        }
+    }
+}
+
+fn anchor(entry: &Entry) -> Position {
+    Position {
+        seq: entry.seq,
+        digest: Some(statement_digest(&entry.statement)),
+        time: Some(entry.time),
+    }
+}
+
+fn failed(entry: &Entry, error: ApplyError) -> Obstacle {
+    let (kind, statement) = match &error {
+        ApplyError::Ldb(_) | ApplyError::Stopped => (ProblemKind::Storage, None),
+        ApplyError::Order(_) => (ProblemKind::Ledger, None),
+        ApplyError::Statement(_) => (
+            ProblemKind::Statement,
+            Some(statement_head(&entry.statement)),
+        ),
+    };
+    Obstacle {
+        kind,
+        seq: Some(entry.seq),
+        statement,
+        reason: error.to_string(),
+    }
+}

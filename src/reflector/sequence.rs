@@ -1,0 +1,184 @@
+//! The ledger's order: whether what was fetched continues where we stand, and where its
+//! transactions end. Pure.
+
+use std::collections::VecDeque;
+
+use crate::ldb::{Position, statement_digest};
+use crate::ledger::{BEGIN_MARKER, COMMIT_MARKER, Entry};
+use crate::model::Seq;
+
+/// Checks that entries fetched from `position` on, that one included, continue there, and takes
+/// the entry at the position away. `last` is the ledger's last sequence, asked for when there is
+/// nothing at or behind the position. The error is a sentence for the person who is paged.
+pub(super) fn continues(position: &Position, entries: &mut Vec<Entry>) -> Result<(), String> {
+    let at = position.seq;
+    if at == Seq::ZERO {
+        return Ok(());
+    }
+    match entries.first() {
+        None => Err(format!(
+            "the ledger has no entry {at} and none behind it, but this LDB was built up to there; \
+             the ledger was truncated, or it is another one"
+        )),
+        Some(first) if first.seq == at => {
+            let found = statement_digest(&first.statement);
+            if position.digest.as_ref().is_some_and(|d| *d != found) {
+                return Err(format!(
+                    "entry {at} of the ledger is not the one that this LDB was built from; \
+                     it is another ledger"
+                ));
+            }
+            entries.remove(0);
+            Ok(())
+        }
+        Some(first) if first.seq == at.next() => Ok(()),
+        Some(first) => Err(format!(
+            "the ledger was truncated beyond entry {at}, where this LDB stands: \
+             its next entry is {}, and those between may be lost",
+            first.seq
+        )),
+    }
+}
+
+/// What [`whole_transactions`] found at the head of a queue.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Head {
+    /// So many entries make whole ledger transactions.
+    Whole(usize),
+    /// The first entry opens a transaction whose end is not there.
+    Unfinished(Seq),
+}
+
+/// How many of the entries make up whole ledger transactions, at least one if possible and no more
+/// than the bounds once the first has passed. Misplaced markers count as transactions of their
+/// own: applying them tells what is wrong.
+pub(super) fn whole_transactions(
+    entries: &VecDeque<Entry>,
+    max_entries: usize,
+    max_bytes: usize,
+) -> Head {
+    let mut open = None;
+    let mut whole = 0;
+    let mut bytes = 0usize;
+    for (i, entry) in entries.iter().enumerate() {
+        bytes = bytes.saturating_add(entry.statement.len());
+        match entry.statement.trim() {
+            BEGIN_MARKER if open.is_some() => return Head::Whole(i + 1),
+            BEGIN_MARKER => open = Some(entry.seq),
+            COMMIT_MARKER => open = None,
+            _ => {}
+        }
+        if open.is_none() {
+            whole = i + 1;
+            if whole >= max_entries || bytes >= max_bytes {
+                break;
+            }
+        }
+    }
+    match open {
+        Some(begin) if whole == 0 => Head::Unfinished(begin),
+        _ => Head::Whole(whole),
+    }
+}
+
+/// The start of the ledger transaction that the entry at `index` is part of.
+pub(super) fn transaction_start(entries: &VecDeque<Entry>, index: usize) -> usize {
+    let mut start = index;
+    let mut open = false;
+    for (i, entry) in entries.iter().enumerate().take(index + 1) {
+        let marker = entry.statement.trim();
+        if !open {
+            start = i;
+        }
+        match marker {
+            BEGIN_MARKER => open = true,
+            COMMIT_MARKER => open = false,
+            _ => {}
+        }
+    }
+    start
+}
+
+/// The head of a statement without the values in it.
+pub(super) fn statement_head(statement: &str) -> String {
+    let mut head = String::new();
+    let mut quoted = false;
+    for c in statement.chars() {
+        if c == '\'' {
+            quoted = !quoted;
+            if quoted {
+                head.push_str("'…'");
+            }
+        } else if !quoted {
+            head.push(if c.is_control() { ' ' } else { c });
+        }
+        if head.chars().count() >= 120 {
+            head.push('…');
+            break;
+        }
+    }
+    head
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::LedgerTime;
+
+    fn entry(seq: u64, statement: &str) -> Entry {
+        Entry {
+            seq: Seq::new(seq),
+            time: LedgerTime::from_micros(0),
+            statement: statement.into(),
+        }
+    }
+
+    fn queue(statements: &[&str]) -> VecDeque<Entry> {
+        (1..).zip(statements).map(|(i, s)| entry(i, s)).collect()
+    }
+
+    #[test]
+    fn only_whole_transactions_are_taken() {
+        let (b, c) = ("--- BEGIN", "--- COMMIT");
+        let whole = |statements: &[&str]| whole_transactions(&queue(statements), 3, 1000);
+        assert_eq!(whole(&["x", "y"]), Head::Whole(2));
+        assert_eq!(whole(&["x", b, "y"]), Head::Whole(1));
+        assert_eq!(whole(&["x", b, "y", c, "z"]), Head::Whole(4));
+        assert_eq!(whole(&[b, "x", "y", "z", c, "w"]), Head::Whole(5));
+        assert_eq!(whole(&[b, "x"]), Head::Unfinished(Seq::new(1)));
+        assert_eq!(whole(&[b, "x", b, "y"]), Head::Whole(3));
+        assert_eq!(whole(&["x", c]), Head::Whole(2));
+        assert_eq!(whole(&[]), Head::Whole(0));
+        let entries = queue(&["x", b, "y", "z", c, "w"]);
+        let starts: Vec<_> = (0..6).map(|i| transaction_start(&entries, i)).collect();
+        assert_eq!(starts, [0, 1, 1, 1, 1, 5]);
+    }
+
+    #[test]
+    fn a_ledger_must_continue_where_we_stand() {
+        let at = |digest: Option<&str>| Position {
+            seq: Seq::new(5),
+            digest: digest.map(statement_digest),
+            time: None,
+        };
+        let check = |position: &Position, seqs: &[u64]| {
+            let mut entries: Vec<_> = seqs.iter().map(|s| entry(*s, "x")).collect();
+            continues(position, &mut entries).map(|()| entries.len())
+        };
+        assert_eq!(check(&at(Some("x")), &[5, 7]), Ok(1));
+        assert_eq!(check(&at(None), &[5]), Ok(0));
+        assert_eq!(check(&at(Some("x")), &[6, 7]), Ok(2));
+        assert!(check(&at(Some("y")), &[5, 6]).is_err());
+        assert!(check(&at(Some("x")), &[7]).is_err());
+        assert!(check(&at(Some("x")), &[]).is_err());
+        assert_eq!(check(&Position::default(), &[42]), Ok(1));
+        assert_eq!(check(&Position::default(), &[]), Ok(0));
+    }
+
+    #[test]
+    fn heads_hold_no_values() {
+        let head = statement_head("REPLACE INTO a___b (\"k\") VALUES('it''s secret',1)");
+        assert!(!head.contains("secret"), "{head}");
+        assert!(head.starts_with("REPLACE INTO a___b"), "{head}");
+    }
+}
