@@ -17,8 +17,7 @@ use std::time::{Duration, Instant};
 use ctlfs::executive::Executive;
 use ctlfs::ldb::LdbWriter;
 use ctlfs::ledger::{self, Origin, OriginUrl};
-use ctlfs::model::ChangeSet;
-use ctlfs::reflector::{CommitObserver, Reflector, Settings, StopHandle};
+use ctlfs::reflector::{Reflector, Settings, StopHandle};
 use ctlfs::status::StatusBoard;
 use rusqlite::Connection;
 use support::{Daemon, Numbers, Sample};
@@ -108,14 +107,6 @@ fn fill_embedded(file: &Path) {
 const CREATE: &str = "CREATE TABLE bench___rows (\"name\" VARCHAR(191), \"enabled\" INTEGER, \
                       \"rollout\" REAL, \"note\" TEXT, PRIMARY KEY(\"name\"));";
 
-struct Nobody;
-
-impl CommitObserver for Nobody {
-    fn before_commit(&mut self, _: &ChangeSet) {}
-    fn after_commit(&mut self, _: &ChangeSet) {}
-    fn commit_failed(&mut self, _: &ChangeSet) {}
-}
-
 fn catch_up(origin: Box<dyn Origin>, state: &Path) -> (u64, Duration) {
     std::fs::create_dir_all(state).unwrap();
     let writer = LdbWriter::open(&state.join("ldb.db")).unwrap();
@@ -123,7 +114,7 @@ fn catch_up(origin: Box<dyn Origin>, state: &Path) -> (u64, Duration) {
     let mut reflector = Reflector::new(
         origin,
         writer,
-        Box::new(Nobody),
+        Box::new(()),
         Arc::clone(&board),
         Settings::default(),
     );
@@ -145,10 +136,10 @@ fn apply_from_mariadb(scratch: &Path) {
     let database = mariadb::database();
     let url: OriginUrl = database.url().parse().unwrap();
     Executive::open(&url).unwrap().init().unwrap();
-    database.execute(&format!(
+    database.run(&format!(
         "INSERT INTO ctlstore_dml_ledger (statement) VALUES ('{CREATE}')"
     ));
-    database.execute(&format!(
+    database.run(&format!(
         "INSERT INTO ctlstore_dml_ledger (statement) \
          SELECT CONCAT('REPLACE INTO bench___rows (\"name\",\"enabled\",\"rollout\",\"note\") VALUES(''k', \
          LPAD(seq, 8, '0'), ''',', seq % 2, ',0.25,''note of row ', seq, ''')') \

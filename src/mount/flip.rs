@@ -122,7 +122,7 @@ impl Transition {
             (Some(Touched::Rows { .. }), Node::Table(_)) => Touch::Attributes,
             (Some(Touched::Rows { .. }), Node::TableFile(_, file)) => match file {
                 TableFile::Seq => Touch::Entry,
-                TableFile::Schema => Touch::None,
+                TableFile::Schema => Touch::Attributes,
             },
             (Some(Touched::Rows { rows, dirs }), Node::Dir(_, key)) => match rows.get(&**key) {
                 Some((RowKind::Updated, _)) => Touch::Attributes,
@@ -205,6 +205,18 @@ impl State {
             plan.attributes.extend(ino);
         }
         plan.attributes.push(ROOT);
+        // Directories above rows carry the time of the last change of the set of tables.
+        let above_rows = |slot: &Slot| match &slot.node {
+            Node::Dir(table, key) => before
+                .get(table)
+                .is_some_and(|t| key.len() < t.schema.key().len()),
+            _ => false,
+        };
+        plan.attributes.extend(
+            self.slots()
+                .filter(|(_, slot)| above_rows(slot))
+                .map(|(ino, _)| ino),
+        );
         plan
     }
 
@@ -245,6 +257,8 @@ impl State {
         let mut plan = Plan::default();
         if let Some(directory) = self.ino(&Node::Table(Arc::clone(table))) {
             plan.attributes.push(directory);
+            let schema = Node::TableFile(Arc::clone(table), TableFile::Schema);
+            plan.attributes.extend(self.ino(&schema));
             self.collect_node(
                 &mut plan,
                 directory,

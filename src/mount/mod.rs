@@ -14,6 +14,8 @@ mod load;
 mod observer;
 mod server;
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -6,6 +6,7 @@
 //! worker ever waits for this thread.
 
 use std::ffi::OsStr;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
@@ -20,21 +21,40 @@ use crate::tree::node::Node;
 /// After so many changed rows the state's lock is let go for a moment.
 const ROWS_AT_ONCE: usize = 256;
 
+/// What the flip asks of the kernel.
+pub(super) trait Kernel: Send {
+    /// Forget what `name` in the directory `parent` leads to, or that it leads nowhere.
+    fn invalidate_entry(&self, parent: u64, name: &[u8]) -> io::Result<()>;
+    /// Forget the attributes of `ino`, but not its pages.
+    fn invalidate_attributes(&self, ino: u64) -> io::Result<()>;
+}
+
+impl Kernel for Notifier {
+    fn invalidate_entry(&self, parent: u64, name: &[u8]) -> io::Result<()> {
+        self.inval_entry(INodeNo(parent), OsStr::from_bytes(name))
+    }
+
+    fn invalidate_attributes(&self, ino: u64) -> io::Result<()> {
+        // A negative offset leaves the cached pages alone.
+        self.inval_inode(INodeNo(ino), -1, 0)
+    }
+}
+
 /// Carries out the flip for one mount.
-pub(super) struct Flipper {
+pub(super) struct Flipper<K> {
     server: Arc<Server>,
-    notifier: Notifier,
+    kernel: K,
     /// Inodes whose attributes are out of date once the commit has happened.
     attributes: Vec<u64>,
     /// Whether a failed notification was logged already.
     complained: bool,
 }
 
-impl Flipper {
-    pub(super) fn new(server: Arc<Server>, notifier: Notifier) -> Self {
+impl<K: Kernel> Flipper<K> {
+    pub(super) fn new(server: Arc<Server>, kernel: K) -> Self {
         Flipper {
             server,
-            notifier,
+            kernel,
             attributes: Vec::new(),
             complained: false,
         }
@@ -56,15 +76,13 @@ impl Flipper {
             }
         }
         for (parent, name) in plan.entries {
-            let sent = self
-                .notifier
-                .inval_entry(INodeNo(parent), OsStr::from_bytes(&name));
+            let sent = self.kernel.invalidate_entry(parent, &name);
             self.note(sent);
         }
         self.attributes.extend(plan.attributes);
     }
 
-    fn note(&mut self, sent: std::io::Result<()>) {
+    fn note(&mut self, sent: io::Result<()>) {
         // ENOTCONN and ENODEV: the mount is going away, and its caches with it.
         if let Err(error) = sent
             && !matches!(error.raw_os_error(), Some(libc::ENOTCONN | libc::ENODEV))
@@ -115,7 +133,7 @@ impl Flipper {
     }
 }
 
-impl CommitObserver for Flipper {
+impl<K: Kernel> CommitObserver for Flipper<K> {
     fn before_commit(&mut self, changes: &ChangeSet) {
         self.attributes.clear();
         let plan = {
@@ -137,8 +155,7 @@ impl CommitObserver for Flipper {
                 .collect()
         };
         for ino in inodes {
-            // A negative offset leaves the cached pages alone.
-            let sent = self.notifier.inval_inode(INodeNo(ino), -1, 0);
+            let sent = self.kernel.invalidate_attributes(ino);
             self.note(sent);
         }
     }
