@@ -4,6 +4,7 @@
 //! only file that speaks FUSE's requests; [`server`] answers them from the LDB; [`state`] is what
 //! the kernel was told; [`flip`] and [`observer`] make a commit visible.
 
+mod control;
 mod counters;
 mod dirs;
 mod flip;

@@ -25,7 +25,7 @@ use crate::model::{LedgerTime, Seq, Table};
 use crate::status::StatusBoard;
 use crate::tree::access::AccessRules;
 use crate::tree::name;
-use crate::tree::node::{self, ControlFile, Node, RowFile, Step};
+use crate::tree::node::{self, Node, RowFile, Step};
 
 /// Rows read lately are kept up to about this many bytes.
 const ROW_CACHE: usize = 16 << 20;
@@ -111,7 +111,7 @@ pub(super) struct Server {
     pub(super) fingerprints: bool,
     pub(super) directories: OpenDirs,
     pub(super) next_directory: AtomicU64,
-    status: StatusSource,
+    pub(super) status: StatusSource,
     pub(super) board: Arc<StatusBoard>,
 }
 
@@ -290,35 +290,6 @@ impl Server {
         }
     }
 
-    fn lookup_control(&self, file: ControlFile) -> Result<Lookup, Fault> {
-        let bytes = match file {
-            ControlFile::Status => (self.status)(&self.counters()),
-            ControlFile::Seq => format!("{}\n", self.state().view().seq).into_bytes(),
-            ControlFile::Ready if self.board.progress().ready => Vec::new(),
-            ControlFile::Ready => return Ok(Lookup::Absent(Duration::ZERO)),
-        };
-        let time = SystemTime::now().into();
-        let found = Found {
-            size: bytes.len() as u64,
-            mark: Mark {
-                seq: Seq::ZERO,
-                time,
-            },
-            content: Content::None,
-        };
-        let version = Version {
-            bytes: Some(self.keeper.keep(bytes)),
-            time,
-        };
-        let node = Node::ControlFile(file);
-        let entered = self.state().enter_frozen(node.clone(), version);
-        Ok(Lookup::Found {
-            attributes: self.attributes(&node, entered.ino, &found, 1),
-            entry_ttl: entered.entry_ttl,
-            attr_ttl: entered.attr_ttl,
-        })
-    }
-
     /// The kernel drops `count` references to `ino`.
     pub(super) fn forget(&self, ino: u64, count: u64) {
         self.state().forget(ino, count);
@@ -354,11 +325,13 @@ impl Server {
     /// Up to `size` bytes of a file from `offset`.
     pub(super) fn read_file(&self, ino: u64, offset: u64, size: u32) -> Result<Vec<u8>, Fault> {
         match self.inspect(ino)? {
-            Inode::Fixed { version, .. } => Ok(version
-                .bytes
-                .as_ref()
-                .ok_or(Fault::Stale)?
-                .read(offset, size)?),
+            Inode::Fixed { node, version } => {
+                if let Node::ControlFile(file) = node {
+                    self.control_was_read(file, ino);
+                }
+                let bytes = version.bytes.as_ref().ok_or(Fault::Stale)?;
+                Ok(bytes.read(offset, size)?)
+            }
             Inode::Present {
                 node,
                 found,

@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use lru::LruCache;
 
+use super::control::Handed;
 use super::flip::{Touch, Transition};
 use super::kept::Kept;
 use crate::ldb::reader::Row;
 use crate::model::{Catalog, LedgerTime, Seq, TableRef};
-use crate::tree::node::{Node, SharedKey};
+use crate::tree::node::{ControlFile, Node, SharedKey};
 
 /// The inode of the mount point, as the kernel fixes it.
 pub(super) const ROOT: u64 = 1;
@@ -90,6 +91,8 @@ pub(super) struct State {
     pub(super) transition: Option<Transition>,
     absent: HashMap<(u64, Box<[u8]>), Instant>,
     rows: RowCache,
+    /// The latest versions of the control files.
+    pub(super) controls: HashMap<ControlFile, Handed>,
 }
 
 impl State {
@@ -104,6 +107,7 @@ impl State {
             transition: None,
             absent: HashMap::new(),
             rows: RowCache::new(row_bytes),
+            controls: HashMap::new(),
         };
         state.allocate(Node::Root, None, 0);
         state
@@ -213,6 +217,16 @@ impl State {
             entry_ttl: Duration::ZERO,
             attr_ttl: LONG,
         }
+    }
+
+    /// Hands a fixed content to the kernel once more, if the kernel still has it.
+    pub(super) fn enter_again(&mut self, ino: u64) -> Option<Entered> {
+        self.slots.get_mut(&ino)?.lookups += 1;
+        Some(Entered {
+            ino,
+            entry_ttl: Duration::ZERO,
+            attr_ttl: LONG,
+        })
     }
 
     /// How long the kernel may keep that `parent` has no `name`; `node` is what the name would

@@ -152,6 +152,11 @@ impl Daemon {
     /// Starts `ctlfs mount --foreground` with `extra` arguments on a place's ledger, and waits until
     /// the tree is readable.
     pub fn mount(place: &Place, extra: &[&str]) -> Self {
+        Self::mount_within(DEADLINE, place, extra)
+    }
+
+    /// The same for a ledger that takes long to replay.
+    pub fn mount_within(deadline: Duration, place: &Place, extra: &[&str]) -> Self {
         let mut command = ctlfs();
         command
             .args(["mount", "--foreground", "--poll-interval", "10ms"])
@@ -159,17 +164,21 @@ impl Daemon {
             .arg(place.state())
             .args(extra)
             .arg(place.mountpoint());
-        Self::start(command, &place.mountpoint())
+        Self::start_within(deadline, command, &place.mountpoint())
     }
 
     /// Starts any command of the program that mounts in the foreground.
-    pub fn start(mut command: Command, mountpoint: &Path) -> Self {
+    pub fn start(command: Command, mountpoint: &Path) -> Self {
+        Self::start_within(DEADLINE, command, mountpoint)
+    }
+
+    fn start_within(deadline: Duration, mut command: Command, mountpoint: &Path) -> Self {
         let child = command.spawn().expect("the program can be started");
         let mut daemon = Daemon {
             child,
             mountpoint: mountpoint.to_owned(),
         };
-        wait_until("the tree is mounted and ready", || {
+        wait_within(deadline, "the tree is mounted and ready", || {
             if let Some(status) = daemon.child.try_wait().expect("it is our child") {
                 panic!("the daemon ended: {status}");
             }
