@@ -2,10 +2,12 @@
 //! rows. `cargo bench` prints the table; it needs root (or fusermount3), /dev/fuse, /dev/shm and
 //! mariadbd (or CTLFS_TEST_MYSQL_URL). `cargo bench -- hot cold` measures only those parts.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[allow(dead_code, unreachable_pub)]
 #[path = "../tests/common/mariadb.rs"]
 mod mariadb;
+#[allow(unreachable_pub)]
 mod support;
 
 use std::fs::File;

@@ -14,7 +14,7 @@ use crate::model::{LedgerTime, Seq};
 use crate::tree::node::{ControlFile, Node};
 
 /// For how long a version of `status.json` that nobody has read is handed out again.
-const YOUNG: Duration = Duration::from_millis(250);
+const YOUNG: Duration = Duration::from_secs(1);
 
 /// The version of a control file that was handed out last.
 #[derive(Debug)]

@@ -142,6 +142,17 @@ pub fn detach_all(path: &Path) {
     }
 }
 
+/// `ctlfs mount --foreground` in the directories of `place`.
+pub fn mount_command(place: &Place, origin: &str, extra: &[&str]) -> Command {
+    let mut command = ctlfs();
+    command
+        .args(["mount", "--foreground", "--origin", origin, "--state"])
+        .arg(place.state())
+        .args(extra)
+        .arg(place.mountpoint());
+    command
+}
+
 /// A daemon in the foreground, as a child of the test.
 pub struct Daemon {
     child: Child,
@@ -152,19 +163,22 @@ impl Daemon {
     /// Starts `ctlfs mount --foreground` with `extra` arguments on a place's ledger, and waits until
     /// the tree is readable.
     pub fn mount(place: &Place, extra: &[&str]) -> Self {
-        Self::mount_within(DEADLINE, place, extra)
+        let mut args = vec!["--poll-interval", "10ms"];
+        args.extend(extra);
+        Self::follow(place, &place.origin(), &args)
     }
 
     /// The same for a ledger that takes long to replay.
     pub fn mount_within(deadline: Duration, place: &Place, extra: &[&str]) -> Self {
-        let mut command = ctlfs();
-        command
-            .args(["mount", "--foreground", "--poll-interval", "10ms"])
-            .args(["--origin", &place.origin(), "--state"])
-            .arg(place.state())
-            .args(extra)
-            .arg(place.mountpoint());
+        let mut args = vec!["--poll-interval", "10ms"];
+        args.extend(extra);
+        let command = mount_command(place, &place.origin(), &args);
         Self::start_within(deadline, command, &place.mountpoint())
+    }
+
+    /// The same on any origin, with no arguments of its own.
+    pub fn follow(place: &Place, origin: &str, extra: &[&str]) -> Self {
+        Self::start(mount_command(place, origin, extra), &place.mountpoint())
     }
 
     /// Starts any command of the program that mounts in the foreground.
@@ -207,6 +221,17 @@ impl Daemon {
     /// status.json as it is now.
     pub fn status(&self) -> Json {
         self.try_status().expect("status.json can be read")
+    }
+
+    /// The position that the tree shows.
+    pub fn seq(&self) -> u64 {
+        let text = fs::read_to_string(self.path(".ctlfs/seq")).expect("seq can be read");
+        text.trim_end().parse().expect("a sequence")
+    }
+
+    /// Waits until the tree shows the ledger up to `seq`.
+    pub fn wait_seq(&self, seq: u64) {
+        wait_until(&format!("the tree is at {seq}"), || self.seq() >= seq);
     }
 
     /// Waits until status.json satisfies `condition`.
