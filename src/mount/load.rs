@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::hash::BuildHasher;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use super::server::{Attributes, Content, Fault, Found, Server};
 use super::state::View;
@@ -271,20 +271,6 @@ impl Server {
         &self,
         read: impl FnOnce(&mut Reader) -> rusqlite::Result<T>,
     ) -> Result<T, LdbError> {
-        let reader = self
-            .readers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
-        let mut reader = match reader {
-            Some(reader) => reader,
-            None => Reader::open(&self.ldb)?,
-        };
-        let answer = read(&mut reader);
-        self.readers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(reader);
-        answer.map_err(|error| LdbError::from_sqlite(&self.ldb, "read", &error))
+        self.readers.read(read)
     }
 }

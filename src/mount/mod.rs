@@ -13,6 +13,7 @@ mod kept;
 mod listing;
 mod load;
 mod observer;
+mod readers;
 mod server;
 mod state;
 #[cfg(test)]
@@ -219,23 +220,54 @@ fn watch(server: &Arc<Server>, interval: Duration) -> Result<Sender<()>, LdbErro
     let server = Arc::clone(server);
     let mut reader = Reader::open(server.ldb())?;
     std::thread::spawn(move || {
+        let mut file = identity(server.ldb());
         let mut seen = None;
+        let mut failing = false;
         while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-            let version = reader.data_version();
-            let result = match version {
-                Ok(version) if seen == Some(version) => continue,
-                Ok(version) => {
-                    seen = Some(version);
-                    server.follow()
-                }
-                Err(error) => Err(LdbError::from_sqlite(server.ldb(), "check", &error).into()),
-            };
-            if let Err(fault) = result {
+            let result = check(&server, &mut reader, &mut file, &mut seen);
+            // Once for each time it begins: this comes round several times a second.
+            if let Err(fault) = &result
+                && !failing
+            {
                 tracing::warn!(%fault, "cannot check the LDB for changes");
             }
+            failing = result.is_err();
         }
     });
     Ok(stop)
+}
+
+/// Device and inode of a file.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+/// One look at a foreign LDB: whether another file stands in its place (a snapshot is put there by
+/// renaming), or somebody has committed.
+fn check(
+    server: &Server,
+    reader: &mut Reader,
+    file: &mut Option<(u64, u64)>,
+    seen: &mut Option<i64>,
+) -> Result<(), server::Fault> {
+    let now = identity(server.ldb());
+    if now.is_some() && now != *file {
+        *reader = Reader::open(server.ldb())?;
+        server.readers.reopen();
+        server.follow()?;
+        *file = now;
+        *seen = None;
+    }
+    let version = reader
+        .data_version()
+        .map_err(|error| LdbError::from_sqlite(server.ldb(), "check", &error))?;
+    if *seen != Some(version) {
+        server.follow()?;
+        *seen = Some(version);
+    }
+    Ok(())
 }
 
 impl Mounted {

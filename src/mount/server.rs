@@ -17,6 +17,7 @@ use std::time::{Duration, SystemTime};
 use super::flip::Touch;
 use super::kept::{Keeper, slice};
 use super::listing::OpenDirs;
+use super::readers::Readers;
 use super::state::{Entered, LONG, Lifetimes, State, Version, View};
 use super::{MountCounters, StatusSource};
 use crate::ldb::LdbError;
@@ -100,8 +101,7 @@ pub(super) struct ServerSettings {
 /// See the module.
 pub(super) struct Server {
     state: Mutex<State>,
-    pub(super) readers: Mutex<Vec<Reader>>,
-    pub(super) ldb: PathBuf,
+    pub(super) readers: Readers,
     pub(super) keeper: Arc<Keeper>,
     pub(super) access: AccessRules,
     pub(super) newline: bool,
@@ -136,18 +136,15 @@ impl Server {
         status: StatusSource,
         board: Arc<StatusBoard>,
     ) -> Result<Self, LdbError> {
-        let mut reader = Reader::open(&settings.ldb)?;
-        let catalog = reader
-            .catalog()
-            .map_err(|error| LdbError::from_sqlite(&settings.ldb, "read", &error))?;
+        let readers = Readers::open(&settings.ldb)?;
+        let catalog = readers.read(Reader::catalog)?;
         let view = View {
             seq: catalog.seq,
             catalog: Arc::new(catalog.value),
         };
         Ok(Server {
             state: Mutex::new(State::new(view, settings.lifetimes, ROW_CACHE)),
-            readers: Mutex::new(vec![reader]),
-            ldb: settings.ldb,
+            readers,
             keeper: Keeper::new(KEPT_IN_MEMORY, settings.spill),
             access: settings.access,
             newline: settings.newline,
@@ -163,7 +160,7 @@ impl Server {
 
     /// The LDB's path.
     pub(super) fn ldb(&self) -> &Path {
-        &self.ldb
+        self.readers.path()
     }
 
     /// The state. Hold it briefly: every answer needs it.
@@ -434,10 +431,8 @@ impl Server {
     pub(super) fn follow(&self) -> Result<(), Fault> {
         let now = self.read(Reader::catalog)?;
         let mut state = self.state();
-        if now.seq != state.view().seq {
-            let catalog = (*state.view().catalog != now.value).then(|| Arc::new(now.value));
-            state.advance(now.seq, catalog);
-        }
+        let catalog = (*state.view().catalog != now.value).then(|| Arc::new(now.value));
+        state.advance(now.seq, catalog);
         state.rows().clear();
         Ok(())
     }
