@@ -298,13 +298,20 @@ impl Server {
             Inode::Present {
                 node,
                 found,
+                fingerprint,
                 attr_ttl,
-                ..
             } => {
                 let found = found.ok_or(Fault::Stale)?;
+                // The size of another version would end a read of this one too soon.
+                if fingerprint != self.fingerprint(&node, Some(&found)) {
+                    return Err(Fault::Stale);
+                }
                 Ok((self.attributes(&node, ino, &found, 1), attr_ttl))
             }
             Inode::Fixed { node, version } => {
+                if version.bytes.is_none() && !node.is_dir() {
+                    return Err(Fault::Stale);
+                }
                 let found = Found {
                     size: version.bytes.as_ref().map_or(0, |b| b.len()),
                     mark: Mark {
