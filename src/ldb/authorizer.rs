@@ -203,6 +203,11 @@ impl Guard {
         self.0.rules().armed.clear();
     }
 
+    /// Whether the changes of this table are captured.
+    pub(super) fn is_armed(&self, sql_name: &str) -> bool {
+        self.0.rules().armed.contains(sql_name)
+    }
+
     /// How many tables' changes are captured.
     pub(super) fn armed(&self) -> usize {
         self.0.rules().armed.len()

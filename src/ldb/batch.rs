@@ -10,14 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::fallible_iterator::FallibleIterator;
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::{Connection, ErrorCode, params_from_iter};
 
 use super::authorizer::Notes;
 use super::capture::Outcome;
 use super::overflow::{Fate, Stamp};
 use super::reshape::{self, Shape};
 use super::writer::{LdbWriter, Position, set_state, statement_digest};
-use super::{LdbError, dirs, message_of, rows_table, sidecar};
+use super::{LdbError, canonical, dirs, message_of, rows_table, sidecar};
 use crate::ledger::{BEGIN_MARKER, COMMIT_MARKER, Entry};
 use crate::model::{Catalog, ChangeSet, Extent, LedgerTime, Seq, TableChange, TableRef};
 
@@ -153,7 +153,10 @@ impl<'w> Batch<'w> {
         };
         self.writer.capture.set_entry(stamp);
         self.writer.guard.enter(self.writer.statement_limit);
-        let result = self.run(&entry.statement, stamp);
+        let result = match self.writer.run_canonical(&entry.statement) {
+            Some(result) => result,
+            None => self.run(&entry.statement, stamp),
+        };
         self.writer.guard.leave();
         result?;
         for over in self.writer.capture.take_overflow() {
@@ -163,7 +166,7 @@ impl<'w> Batch<'w> {
         Ok(())
     }
 
-    /// Runs the statements of one entry.
+    /// Runs the statements of one entry, whatever they are.
     fn run(&mut self, sql: &str, stamp: Stamp) -> Result<(), ApplyError> {
         let writer = &mut *self.writer;
         let guard = &writer.guard;
@@ -341,6 +344,31 @@ impl Drop for Batch<'_> {
 }
 
 impl LdbWriter {
+    /// Runs a canonical text without compiling it anew. `None` if this is none, or nothing like it
+    /// ran before: then the general way is to be taken, which finds what is wrong as well.
+    pub(super) fn run_canonical(&self, text: &str) -> Option<Result<(), ApplyError>> {
+        let canonical = canonical::parse(text)?;
+        // Only the general way makes sure that changes are captured.
+        if !self.guard.is_armed(canonical.table) {
+            return None;
+        }
+        // When triggers or tables have changed since, SQLite compiles it anew as it runs, under
+        // the guard's eyes.
+        let statement = self.conn.prepare_cached(&canonical.sql);
+        let mut statement = match statement {
+            Ok(statement) if self.guard.is_plain() => statement,
+            _ => {
+                let _ = self.guard.take_notes();
+                return None;
+            }
+        };
+        let done = statement.execute(params_from_iter(&canonical.values));
+        Some(match done {
+            Ok(_) => Ok(()),
+            Err(e) => Err(judge(&e, &self.guard, &self.path, self.statement_limit)),
+        })
+    }
+
     /// Creates the triggers of the tables that a statement is about to write.
     fn arm(&self, notes: &Notes) -> rusqlite::Result<()> {
         for name in &notes.unarmed {

@@ -5,7 +5,7 @@
 //!
 //! | table | holds |
 //! | --- | --- |
-//! | `_ctlfs_state(name, value)` | `format`, `schema_time`, `last_digest`, `ready` |
+//! | `_ctlfs_state(name, value)` | `format`, `schema_time`, `last_digest`, `last_digest_seq`, `snapshot_seq`, `snapshot_time`, `ready` |
 //! | `_ctlfs_tables(name, seq, time)` | the last entry that changed each config table |
 //! | `_ctlfs_rows___<table>(id, seq, time)` | the entry that last changed each row, by `_rowid_` |
 //! | `_ctlfs_gaps(first, last)` | sequences passed over that may still appear late |
@@ -13,6 +13,7 @@
 
 mod authorizer;
 mod batch;
+mod canonical;
 mod capture;
 pub mod catalog;
 mod dirs;

@@ -8,6 +8,7 @@ use super::*;
 use crate::ledger::Entry;
 use crate::model::{ChangeSet, LedgerTime, Seq};
 
+mod canonical;
 mod capture;
 mod guard;
 mod open;

@@ -8,10 +8,10 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, OpenFlags, OptionalExtension};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior};
 use sha2::{Digest as _, Sha256};
 
 use super::authorizer::Guard;
@@ -67,35 +67,24 @@ impl LdbWriter {
     pub fn open(path: &Path) -> Result<Self, LdbError> {
         check_header(path)?;
         create_private(path)?;
+        let modified = modified(path);
         let sqlite = |e: rusqlite::Error| LdbError::from_sqlite(path, "open", &e);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let mut conn = Connection::open_with_flags(path, flags).map_err(sqlite)?;
         conn.busy_timeout(Duration::from_secs(5)).map_err(sqlite)?;
         let contents = identify(&conn, path)?;
         configure(&conn).map_err(sqlite)?;
-        if contents != Contents::Ctlfs {
-            create_tables(&conn).map_err(sqlite)?;
-        }
-        let mut position = load_position(&conn).map_err(sqlite)?;
-        let stored = state(&conn, "last_digest_seq").map_err(sqlite)?;
-        if stored != Some(position.seq.to_string()) {
-            // Somebody else, ctlstore most likely, has applied entries since. Nothing that is
-            // recorded about the rows can be relied upon.
-            position.digest = None;
-            forget_changes(&conn).map_err(sqlite)?;
-        }
-        let catalog = Arc::new(catalog::load(&conn).map_err(sqlite)?);
-        create_row_tables(&conn, &catalog).map_err(sqlite)?;
+        let (position, catalog) = take_over(&mut conn, contents, modified).map_err(sqlite)?;
         let ready = state(&conn, "ready").map_err(sqlite)? == Some("1".into());
         let capture = Capture::install(&conn, &random_token()).map_err(sqlite)?;
         let guard = Guard::install(&mut conn, capture.trigger_prefix()).map_err(sqlite)?;
-        conn.set_prepared_statement_cache_capacity(64);
+        conn.set_prepared_statement_cache_capacity(256);
         Ok(LdbWriter {
             conn,
             path: path.to_owned(),
             guard,
             capture,
-            catalog,
+            catalog: Arc::new(catalog),
             position,
             statement_limit: Duration::from_secs(60),
             ready,
@@ -216,8 +205,7 @@ impl LdbWriter {
             )?
             .execute([super::format_timestamp(time)])?;
         }
-        set_state(conn, "last_digest", &position.digest)?;
-        set_state(conn, "last_digest_seq", position.seq.to_sql())?;
+        store_digest(conn, position)?;
         if !gaps.is_empty() {
             let horizon = Seq::new(position.seq.get().saturating_sub(GAP_WINDOW));
             for (first, last) in gaps.iter().filter(|(_, last)| *last >= horizon) {
@@ -266,7 +254,7 @@ fn configure(conn: &Connection) -> rusqlite::Result<()> {
         "PRAGMA synchronous = NORMAL;
          PRAGMA recursive_triggers = ON;
          PRAGMA temp_store = MEMORY;
-         PRAGMA cache_size = -16384;",
+         PRAGMA cache_size = -32768;",
     )?;
     // A batch of thousands of entries fills the default of 1,000 pages several times over; writing
     // each of them back on its own would double the work.
@@ -275,11 +263,47 @@ fn configure(conn: &Connection) -> rusqlite::Result<()> {
     conn.query_row("PRAGMA journal_size_limit = 67108864", [], |_| Ok(()))
 }
 
+/// When the file was last written.
+fn modified(path: &Path) -> LedgerTime {
+    let time = std::fs::metadata(path).and_then(|m| m.modified()).ok();
+    let since = time.and_then(|t| t.duration_since(UNIX_EPOCH).ok());
+    let micros = since.and_then(|s| i64::try_from(s.as_micros()).ok());
+    LedgerTime::from_micros(micros.unwrap_or(0))
+}
+
+/// Makes the LDB, as it was found, one that is ours: adds the tables that are missing and forgets
+/// the last changes of rows that somebody else has written since. Such rows count as part of a
+/// snapshot, which is as old as the position, or as the file if that has no time.
+fn take_over(
+    conn: &mut Connection,
+    contents: Contents,
+    modified: LedgerTime,
+) -> rusqlite::Result<(Position, Catalog)> {
+    let tx = conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    if contents != Contents::Ctlfs {
+        create_tables(&tx)?;
+    }
+    let mut position = load_position(&tx)?;
+    if state(&tx, "last_digest_seq")? != Some(position.seq.to_string()) {
+        position.digest = None;
+        forget_changes(&tx)?;
+        store_digest(&tx, &position)?;
+        if position.seq != Seq::ZERO {
+            let time = position.time.unwrap_or(modified);
+            set_state(&tx, "snapshot_seq", position.seq.to_sql())?;
+            set_state(&tx, "snapshot_time", time.micros())?;
+        }
+    }
+    let catalog = catalog::load(&tx)?;
+    create_row_tables(&tx, &catalog)?;
+    tx.commit()?;
+    Ok((position, catalog))
+}
+
 /// Creates ctlstore's and our own tables where they are missing.
 fn create_tables(conn: &Connection) -> rusqlite::Result<()> {
     conn.execute_batch(&format!(
-        "BEGIN IMMEDIATE;
-         CREATE TABLE IF NOT EXISTS _ldb_seq(id INTEGER PRIMARY KEY NOT NULL, seq BIGINT NOT NULL);
+        "CREATE TABLE IF NOT EXISTS _ldb_seq(id INTEGER PRIMARY KEY NOT NULL, seq BIGINT NOT NULL);
          INSERT OR IGNORE INTO _ldb_seq(id, seq) VALUES(1, 0);
          CREATE TABLE IF NOT EXISTS _ldb_last_update(
              name STRING PRIMARY KEY NOT NULL, timestamp DATETIME NOT NULL);
@@ -288,8 +312,7 @@ fn create_tables(conn: &Connection) -> rusqlite::Result<()> {
              name TEXT PRIMARY KEY, seq INTEGER NOT NULL, time INTEGER NOT NULL);
          CREATE TABLE IF NOT EXISTS _ctlfs_gaps(first INTEGER PRIMARY KEY, last INTEGER NOT NULL);
          CREATE TABLE IF NOT EXISTS _ctlfs_late(seq INTEGER PRIMARY KEY);
-         INSERT OR REPLACE INTO _ctlfs_state(name, value) VALUES('format', {FORMAT});
-         COMMIT;"
+         INSERT OR REPLACE INTO _ctlfs_state(name, value) VALUES('format', {FORMAT});"
     ))
 }
 
@@ -346,6 +369,12 @@ fn load_position(conn: &Connection) -> rusqlite::Result<Position> {
         digest: state(conn, "last_digest")?,
         time: time.and_then(|t| parse_timestamp(&t)),
     })
+}
+
+/// Records which entry the LDB stands at, and by that that it was ctlfs that wrote it last.
+fn store_digest(conn: &Connection, position: &Position) -> rusqlite::Result<()> {
+    set_state(conn, "last_digest", &position.digest)?;
+    set_state(conn, "last_digest_seq", position.seq.to_sql())
 }
 
 fn state(conn: &Connection, name: &str) -> rusqlite::Result<Option<String>> {

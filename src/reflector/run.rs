@@ -7,10 +7,10 @@ use std::time::{Duration, Instant, SystemTime};
 use tracing::{error, info, warn};
 
 use super::pace::{Backoff, jitter, random};
-use super::sequence::{Head, continues, statement_head, transaction_start, whole_transactions};
+use super::sequence::{Head, continues, transaction_start, whole_transactions};
 use super::{CommitObserver, Settings, StopHandle};
 use crate::ldb::{ApplyError, Batch, LdbError, LdbWriter, Position, statement_digest};
-use crate::ledger::{Entry, Origin, OriginError};
+use crate::ledger::{Entry, Origin, OriginError, statement};
 use crate::model::Seq;
 use crate::status::{Problem, ProblemKind, StatusBoard};
 
@@ -555,7 +555,7 @@ fn failed(entry: &Entry, error: ApplyError) -> Obstacle {
         ApplyError::Order(_) => (ProblemKind::Ledger, None),
         ApplyError::Statement(_) => (
             ProblemKind::Statement,
-            Some(statement_head(&entry.statement)),
+            Some(statement::head(&entry.statement)),
         ),
     };
     Obstacle {

@@ -1,6 +1,7 @@
 //! Opening, taking over, refusing, and a full disk.
 
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 use super::*;
 
@@ -70,6 +71,34 @@ const CTLSTORE: &str = "PRAGMA journal_mode = WAL;
      CREATE TABLE app___limits (\"id\" INTEGER, \"n\" INTEGER, PRIMARY KEY(\"id\"));
      INSERT INTO app___limits VALUES(1, 1);";
 
+/// The mark of the rows that came with a snapshot, as a reader takes it.
+fn snapshot(writer: &LdbWriter) -> Option<(i64, i64)> {
+    let value = |name: &str| {
+        writer.conn.query_row(
+            "SELECT value FROM _ctlfs_state WHERE name = ?1",
+            [name],
+            |row| row.get(0),
+        )
+    };
+    Some((value("snapshot_seq").ok()?, value("snapshot_time").ok()?))
+}
+
+#[test]
+fn a_snapshot_without_a_time_is_as_old_as_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ldb.db");
+    let conn = Connection::open(&path).unwrap();
+    conn.execute_batch(CTLSTORE).unwrap();
+    conn.execute_batch("DELETE FROM _ldb_last_update").unwrap();
+    drop(conn);
+    let time = std::time::UNIX_EPOCH + Duration::from_micros(1_234_567_890_000_123);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_modified(time).unwrap();
+    let writer = LdbWriter::open(&path).unwrap();
+    assert_eq!(snapshot(&writer), Some((41, 1_234_567_890_000_123)));
+    assert_eq!(snapshot(&Fixture::new().writer), None);
+}
+
 #[test]
 fn an_ldb_of_ctlstores_is_taken_over() {
     let dir = tempfile::tempdir().unwrap();
@@ -81,6 +110,7 @@ fn an_ldb_of_ctlstores_is_taken_over() {
     let mut writer = LdbWriter::open(&path).unwrap();
     assert_eq!(writer.position().seq, Seq::new(41));
     assert_eq!(writer.position().digest, None);
+    assert_eq!(snapshot(&writer), Some((41, 1_709_210_096_000_000)));
     assert_eq!(
         writer.position().time,
         Some(LedgerTime::from_micros(1_709_210_096_000_000))
@@ -92,13 +122,23 @@ fn an_ldb_of_ctlstores_is_taken_over() {
     assert_eq!((changes.from, changes.to), (Seq::new(41), Seq::new(42)));
     batch.commit().unwrap();
     drop(writer);
+    let writer = LdbWriter::open(&path).unwrap();
+    assert_eq!(snapshot(&writer), Some((41, 1_709_210_096_000_000)));
+    drop(writer);
     // ctlstore goes on, and then we do: what we recorded no longer holds.
     Connection::open(&path)
         .unwrap()
-        .execute_batch("UPDATE _ldb_seq SET seq = 43; UPDATE app___limits SET n = 3;")
+        .execute_batch(
+            "UPDATE _ldb_seq SET seq = 43; UPDATE app___limits SET n = 3;
+             UPDATE _ldb_last_update SET timestamp = '2024-02-29 12:34:57+00:00'",
+        )
         .unwrap();
+    for _ in 0..2 {
+        let writer = LdbWriter::open(&path).unwrap();
+        assert_eq!(writer.position().digest, None);
+        assert_eq!(snapshot(&writer), Some((43, 1_709_210_097_000_000)));
+    }
     let writer = LdbWriter::open(&path).unwrap();
-    assert_eq!(writer.position().digest, None);
     let records: i64 = writer
         .conn
         .query_row("SELECT count(*) FROM _ctlfs_rows___app___limits", [], |r| {
