@@ -4,7 +4,8 @@
 //! an open directory remembers the key behind each entry of the last page, and one in every
 //! [`MARK_EVERY`] before that: enough to go on from anywhere in bounded memory.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex};
 
 use crate::model::Value;
 use crate::tree::node::{Node, SharedKey};
@@ -13,6 +14,9 @@ use crate::tree::node::{Node, SharedKey};
 const MARK_EVERY: u64 = 1024;
 /// Up to how many positions of the latest pages are remembered.
 const WINDOW: usize = 4096;
+
+/// The directories that are open, by handle.
+pub(super) type OpenDirs = Mutex<HashMap<u64, Arc<Mutex<OpenDir>>>>;
 
 /// An open directory.
 #[derive(Debug)]

@@ -12,9 +12,6 @@ use crate::tree::node::{self, ControlFile, Node, TableFile};
 /// How many keys a listing reads at a time.
 const LIST_PAGE: usize = 512;
 
-/// The directories that are open, by handle.
-pub(super) type OpenDirs = Mutex<HashMap<u64, Arc<Mutex<OpenDir>>>>;
-
 /// Takes an entry of a listing: the position behind it, its inode if known, whether it is a
 /// directory, and its name. Returns whether it had room for it.
 pub(super) type AddEntry<'a> = dyn FnMut(u64, Option<u64>, bool, &[u8]) -> bool + 'a;

@@ -14,9 +14,9 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use super::dirs::OpenDirs;
 use super::flip::Touch;
 use super::kept::{Keeper, slice};
-use super::listing::OpenDirs;
 use super::readers::Readers;
 use super::state::{Entered, LONG, Lifetimes, State, Version, View};
 use super::{MountCounters, StatusSource};
