@@ -10,8 +10,8 @@ use std::borrow::Cow;
 use rusqlite::ToSql;
 use rusqlite::types::{Null, ToSqlOutput, ValueRef};
 
-/// A canonical REPLACE or DELETE.
-#[derive(Debug, PartialEq)]
+/// A canonical REPLACE or DELETE. It holds users' data, so it has no `Debug` outside of tests.
+#[cfg_attr(test, derive(Debug, PartialEq))]
 pub(super) struct Canonical<'a> {
     pub(super) table: &'a str,
     /// The same text with a parameter for each value.
@@ -20,7 +20,7 @@ pub(super) struct Canonical<'a> {
 }
 
 /// A value as the statement spells it.
-#[derive(Debug, PartialEq)]
+#[cfg_attr(test, derive(Debug, PartialEq))]
 pub(super) enum Literal<'a> {
     Null,
     Integer(i64),
@@ -261,6 +261,14 @@ mod tests {
             "DELETE FROM app___t WHERE \"k\" = ? AND \"l\" = ?"
         );
         assert_eq!(found.values, [text("x"), Literal::Integer(7)]);
+    }
+
+    #[test]
+    fn integers_of_64_bits_are_read() {
+        for i in [i64::MIN, -7, 0, i64::MAX] {
+            let text = format!("DELETE FROM app___t WHERE \"k\" = {i}");
+            assert_eq!(parse(&text).unwrap().values, [Literal::Integer(i)]);
+        }
     }
 
     #[test]
