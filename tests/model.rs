@@ -22,7 +22,6 @@ mod common {
 }
 
 use std::cell::RefCell;
-use std::sync::Once;
 
 use common::model::world::World;
 use common::model::{Op, Row};
@@ -70,8 +69,6 @@ fn the_tree_is_what_the_ledger_says() {
         failure_persistence: None,
         ..ProptestConfig::default()
     });
-    static QUIET: Once = Once::new();
-    QUIET.call_once(|| ());
     let result = runner.run(&proptest::collection::vec(op(), 1..24), |steps| {
         world.borrow_mut().play(&steps);
         Ok(())
@@ -80,4 +77,35 @@ fn the_tree_is_what_the_ledger_says() {
     if let Err(error) = result {
         panic!("{error}");
     }
+}
+
+// Found by the test above.
+
+fn row_of(key: u8, value: u8) -> Row {
+    Row {
+        kind: 0,
+        key: [key; 3],
+        values: [value; 5],
+    }
+}
+
+#[test]
+fn a_row_stays_in_its_open_directory_when_the_table_gets_a_field() {
+    // The fifth place of the tree is the row's directory.
+    play(&[
+        Op::Create(0, 0, vec![row_of(0, 1)]),
+        Op::Hold([4; 4]),
+        Op::AddField(0, 0),
+        Op::Mutate(0, 0, vec![row_of(0, 2)]),
+    ]);
+}
+
+#[test]
+fn a_row_that_comes_back_after_a_clear_is_not_remembered_as_absent() {
+    play(&[
+        Op::Create(0, 0, vec![row_of(0, 1)]),
+        Op::Hold([4; 4]),
+        Op::Clear(0),
+        Op::Mutate(0, 0, vec![row_of(0, 2)]),
+    ]);
 }

@@ -48,7 +48,8 @@ pub(super) struct Transition {
 #[derive(Debug)]
 enum Touched {
     Whole {
-        shape_changes: bool,
+        /// Whether key values mean something else afterwards, or nothing.
+        key_changes: bool,
         exists: bool,
     },
     Rows {
@@ -76,10 +77,14 @@ impl Transition {
             .map(|TableChange { table, extent }| {
                 let touched = match extent {
                     Extent::Whole => {
-                        let after = changes.catalog.as_deref().unwrap_or(before).get(table);
+                        let after = changes.catalog.as_deref().unwrap_or(before);
+                        let key = |catalog: &Catalog| {
+                            let table = catalog.get(table)?;
+                            Some(table.schema.key_fields().map(|f| f.ty).collect::<Vec<_>>())
+                        };
                         Touched::Whole {
-                            shape_changes: before.get(table) != after,
-                            exists: after.is_some(),
+                            key_changes: key(before) != key(after),
+                            exists: after.get(table).is_some(),
                         }
                     }
                     Extent::Rows { rows, dirs } => Touched::Rows {
@@ -159,7 +164,8 @@ impl Transition {
         };
         match (self.tables.get(&**table), node) {
             (Some(Touched::Whole { exists, .. }), Node::Table(_)) => !exists,
-            (Some(Touched::Whole { shape_changes, .. }), _) => *shape_changes,
+            // A process that works in a row's directory stays there when the table gets a field.
+            (Some(Touched::Whole { key_changes, .. }), _) => *key_changes,
             (Some(Touched::Rows { rows, dirs }), Node::Dir(_, key)) => {
                 rows.get(&**key)
                     .is_some_and(|(kind, _)| *kind == RowKind::Deleted)
@@ -279,9 +285,9 @@ impl State {
     ) {
         let row = Node::Dir(Arc::clone(table), key.as_ref().into());
         let Node::Dir(_, key) = &row else { return };
-        if kind != RowKind::Created
-            && let Some(directory) = self.ino(&row)
-        {
+        // The directory of a row that comes may be known too: one that a process stayed in while
+        // the table was cleared. The kernel may hold there that the files are absent.
+        if let Some(directory) = self.ino(&row) {
             let files = (0..fields)
                 .filter_map(RowFile::field)
                 .chain([RowFile::Json]);

@@ -152,7 +152,9 @@ pub fn values(ty: Type) -> Vec<Datum> {
         ],
     });
     if ty == Type::Binary {
-        values.push(Datum::Bytes((0..150_000_u32).map(|i| (i % 251) as u8).collect()));
+        values.push(Datum::Bytes(
+            (0..150_000_u32).map(|i| (i % 251) as u8).collect(),
+        ));
     }
     values
 }
@@ -175,10 +177,29 @@ pub fn shape(choice: u8) -> Table {
         (&[("id", Integer), ("note", Text), ("ratio", Decimal)], &[0]),
         // Another type under the same names.
         (&[("name", Bytestring), ("enabled", Text)], &[0]),
-        (&[("region", String), ("path", String), ("weight", Decimal), ("blob", Binary)], &[0, 1]),
+        (
+            &[
+                ("region", String),
+                ("path", String),
+                ("weight", Decimal),
+                ("blob", Binary),
+            ],
+            &[0, 1],
+        ),
         // The key's order is not the fields'.
-        (&[("note", Text), ("part", Integer), ("name", String)], &[2, 1]),
-        (&[("a", Bytestring), ("b", Integer), ("c", String), ("d", Bytestring)], &[2, 0, 1]),
+        (
+            &[("note", Text), ("part", Integer), ("name", String)],
+            &[2, 1],
+        ),
+        (
+            &[
+                ("a", Bytestring),
+                ("b", Integer),
+                ("c", String),
+                ("d", Bytestring),
+            ],
+            &[2, 0, 1],
+        ),
         // No field but the key.
         (&[("name", String)], &[0]),
     ];
@@ -206,7 +227,8 @@ pub fn name(value: &Datum) -> Vec<u8> {
                 return b"%".to_vec();
             }
             for (i, c) in text.chars().enumerate() {
-                let escaped = matches!(c, '/' | '%' | '~' | '\0'..='\x1f' | '\x7f') || (i == 0 && c == '.');
+                let escaped =
+                    matches!(c, '/' | '%' | '~' | '\0'..='\x1f' | '\x7f') || (i == 0 && c == '.');
                 units.push(if escaped {
                     format!("%{:02X}", c as u32).into_bytes()
                 } else {
@@ -279,7 +301,10 @@ impl Model {
             let (family, name) = (family.as_bytes(), name.as_bytes());
             tree.insert(family.to_vec(), Entry::Dir);
             let top = join(&[family, name]);
-            tree.insert(join(&[&top, b".schema.json"]), Entry::Json(table.schema(family, name)));
+            tree.insert(
+                join(&[&top, b".schema.json"]),
+                Entry::Json(table.schema(family, name)),
+            );
             tree.insert(join(&[&top, b".seq"]), Entry::Seq);
             for (key, row) in &table.rows {
                 let mut at = top.clone();
