@@ -256,6 +256,7 @@ fn check(
     if now.is_some() && now != *file {
         *reader = Reader::open(server.ldb())?;
         server.readers.reopen();
+        server.board.update(|p| p.damage = None);
         server.follow()?;
         *file = now;
         *seen = None;
