@@ -126,7 +126,11 @@ fn origins_that_are_wrong_are_told_apart() {
     fails(
         &closed,
         1,
-        &["cannot reach mysql://u:***@127.0.0.1:", "refused"],
+        &[
+            "cannot reach mysql://u:***@127.0.0.1:",
+            "refused",
+            "check the host and port",
+        ],
     );
 
     // An embedded ledger that is missing, something else, or without its tables.
@@ -280,6 +284,14 @@ fn without_the_fuse_device_nothing_is_mounted() {
         nothing_left(&place);
         assert!(!place.state().join("ldb.db").exists());
     }
+    // Nor without any device.
+    let script = "mount -t tmpfs none /dev; exec \"$1\" mount --origin \"sqlite://$2\" --state \"$3\" \"$4\"";
+    let output = in_a_namespace(
+        script,
+        &[&place.ledger(), &place.state(), &place.mountpoint()],
+    );
+    fails(&output, 1, &["cannot go to the background", "/dev/null"]);
+    nothing_left(&place);
 }
 
 #[test]
