@@ -336,7 +336,11 @@ impl Server {
                 let found = found.ok_or(Fault::Stale)?;
                 Ok((self.attributes(&node, ino, &found, 1), attr_ttl))
             }
-            Inode::Fixed { node, version } => {
+            Inode::Fixed {
+                node,
+                version,
+                detached,
+            } => {
                 let found = Found {
                     size: version.bytes.as_ref().map_or(0, |b| b.len()),
                     mark: Mark {
@@ -345,8 +349,14 @@ impl Server {
                     },
                     content: Content::None,
                 };
-                let links = u32::from(matches!(node, Node::ControlFile(_)));
-                Ok((self.attributes(&node, ino, &found, links), LONG))
+                // Until the commit, a version whose bytes are kept already still has its name.
+                let ttl = match node {
+                    _ if detached => LONG,
+                    Node::ControlFile(_) => LONG,
+                    _ => Duration::ZERO,
+                };
+                let links = u32::from(!detached);
+                Ok((self.attributes(&node, ino, &found, links), ttl))
             }
         }
     }
@@ -493,7 +503,11 @@ impl Server {
                 )
             };
             if let Some(version) = version {
-                return Ok(Inode::Fixed { node, version });
+                return Ok(Inode::Fixed {
+                    node,
+                    version,
+                    detached,
+                });
             }
             if detached {
                 // A directory that is gone, or a version whose bytes nobody kept.
@@ -501,7 +515,11 @@ impl Server {
                     bytes: None,
                     time: self.started,
                 });
-                return Ok(Inode::Fixed { node, version });
+                return Ok(Inode::Fixed {
+                    node,
+                    version,
+                    detached,
+                });
             }
             let loaded = self.load(&view, &node);
             let Some(loaded) = self.checked(&view, loaded)? else {
@@ -544,8 +562,12 @@ pub(super) enum Inode {
         fingerprint: u64,
         attr_ttl: Duration,
     },
-    /// A content that no longer follows the tree.
-    Fixed { node: Node, version: Arc<Version> },
+    /// A content that no longer follows the tree, and whether its place has moved on already.
+    Fixed {
+        node: Node,
+        version: Arc<Version>,
+        detached: bool,
+    },
 }
 
 enum Registered {
