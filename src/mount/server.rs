@@ -308,7 +308,11 @@ impl Server {
                 }
                 Ok((self.attributes(&node, ino, &found, 1), attr_ttl))
             }
-            Inode::Fixed { node, version } => {
+            Inode::Fixed {
+                node,
+                version,
+                detached,
+            } => {
                 if version.bytes.is_none() && !node.is_dir() {
                     return Err(Fault::Stale);
                 }
@@ -320,8 +324,14 @@ impl Server {
                     },
                     content: Content::None,
                 };
-                let links = u32::from(matches!(node, Node::ControlFile(_)));
-                Ok((self.attributes(&node, ino, &found, links), LONG))
+                // Until the commit, a version whose bytes are kept already still has its name.
+                let ttl = match node {
+                    _ if detached => LONG,
+                    Node::ControlFile(_) => LONG,
+                    _ => Duration::ZERO,
+                };
+                let links = u32::from(!detached);
+                Ok((self.attributes(&node, ino, &found, links), ttl))
             }
         }
     }
@@ -329,7 +339,7 @@ impl Server {
     /// Up to `size` bytes of a file from `offset`.
     pub(super) fn read_file(&self, ino: u64, offset: u64, size: u32) -> Result<Vec<u8>, Fault> {
         match self.inspect(ino)? {
-            Inode::Fixed { node, version } => {
+            Inode::Fixed { node, version, .. } => {
                 if let Node::ControlFile(file) = node {
                     self.control_was_read(file, ino);
                 }
@@ -468,7 +478,11 @@ impl Server {
                 )
             };
             if let Some(version) = version {
-                return Ok(Inode::Fixed { node, version });
+                return Ok(Inode::Fixed {
+                    node,
+                    version,
+                    detached,
+                });
             }
             if detached {
                 // A directory that is gone, or a version whose bytes nobody kept.
@@ -476,7 +490,11 @@ impl Server {
                     bytes: None,
                     time: self.started,
                 });
-                return Ok(Inode::Fixed { node, version });
+                return Ok(Inode::Fixed {
+                    node,
+                    version,
+                    detached,
+                });
             }
             let loaded = self.load(&view, &node);
             let Some(loaded) = self.checked(&view, loaded)? else {
@@ -519,8 +537,12 @@ pub(super) enum Inode {
         fingerprint: u64,
         attr_ttl: Duration,
     },
-    /// A content that no longer follows the tree.
-    Fixed { node: Node, version: Arc<Version> },
+    /// A content that no longer follows the tree, and whether its place has moved on already.
+    Fixed {
+        node: Node,
+        version: Arc<Version>,
+        detached: bool,
+    },
 }
 
 enum Registered {
