@@ -8,11 +8,12 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use rusqlite::types::{ToSql, ToSqlOutput, ValueRef};
+use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params_from_iter};
 
 use super::{LdbError, catalog};
 use crate::model::{Catalog, LedgerTime, Seq, Table, TableRef, Value};
+use crate::sqlite::{Bound, value_of};
 
 /// How many prepared statements a reader keeps: a few for each of the tables in use.
 const STATEMENT_CACHE: usize = 256;
@@ -471,35 +472,4 @@ fn successor(start: &[u8]) -> Option<Vec<u8>> {
         }
     }
     None
-}
-
-/// A value as an SQL parameter, without copying its bytes.
-struct Bound<'a>(&'a Value);
-
-impl Bound<'_> {
-    fn value(&self) -> ValueRef<'_> {
-        match self.0 {
-            Value::Null => ValueRef::Null,
-            Value::Integer(i) => ValueRef::Integer(*i),
-            Value::Real(r) => ValueRef::Real(*r),
-            Value::Text(bytes) => ValueRef::Text(bytes),
-            Value::Blob(bytes) => ValueRef::Blob(bytes),
-        }
-    }
-}
-
-impl ToSql for Bound<'_> {
-    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-        Ok(ToSqlOutput::Borrowed(self.value()))
-    }
-}
-
-fn value_of(value: ValueRef<'_>) -> Value {
-    match value {
-        ValueRef::Null => Value::Null,
-        ValueRef::Integer(i) => Value::Integer(i),
-        ValueRef::Real(r) => Value::Real(r),
-        ValueRef::Text(bytes) => Value::Text(bytes.to_vec()),
-        ValueRef::Blob(bytes) => Value::Blob(bytes.to_vec()),
-    }
 }

@@ -17,9 +17,7 @@ use sha2::{Digest as _, Sha256};
 use super::authorizer::Guard;
 use super::batch::Batch;
 use super::capture::Capture;
-use super::{
-    Contents, FORMAT, LdbError, catalog, check_header, identify, parse_timestamp, rows_table,
-};
+use super::{Contents, FORMAT, LdbError, catalog, check_header, identify, rows_table};
 use crate::model::{Catalog, LedgerTime, Seq};
 
 /// The SHA-256 of a statement, in hex.
@@ -203,7 +201,7 @@ impl LdbWriter {
             conn.prepare_cached(
                 "INSERT OR REPLACE INTO _ldb_last_update(name, timestamp) VALUES('ledger', ?1)",
             )?
-            .execute([super::format_timestamp(time)])?;
+            .execute([time.to_timestamp()])?;
         }
         store_digest(conn, position)?;
         if !gaps.is_empty() {
@@ -367,7 +365,7 @@ fn load_position(conn: &Connection) -> rusqlite::Result<Position> {
     Ok(Position {
         seq: Seq::from_sql(seq.unwrap_or(0)),
         digest: state(conn, "last_digest")?,
-        time: time.and_then(|t| parse_timestamp(&t)),
+        time: time.and_then(|t| LedgerTime::parse(t.as_bytes())),
     })
 }
 
