@@ -301,7 +301,21 @@ impl Server {
                 fingerprint,
                 attr_ttl,
             } => {
-                let found = found.ok_or(Fault::Stale)?;
+                let Some(found) = found else {
+                    if !node.is_dir() {
+                        return Err(Fault::Stale);
+                    }
+                    // A row that went with its whole table and may come back: until then its
+                    // directory, if a process is in it, is one that has been removed.
+                    let time = self.started;
+                    let seq = Seq::ZERO;
+                    let found = Found {
+                        size: 0,
+                        mark: Mark { seq, time },
+                        content: Content::None,
+                    };
+                    return Ok((self.attributes(&node, ino, &found, 0), Duration::ZERO));
+                };
                 // The size of another version would end a read of this one too soon.
                 if fingerprint != self.fingerprint(&node, Some(&found)) {
                     return Err(Fault::Stale);

@@ -1,4 +1,5 @@
 //! A central database of either kind, for tests that run the same scenario against both.
+#![allow(dead_code)]
 
 use ctlfs::executive::Executive;
 use ctlfs::ledger::{self, Entry, Origin, OriginUrl};

@@ -3,6 +3,7 @@
 //! who may create databases) points the tests at any other server instead.
 //!
 //! Every test gets a database of its own, dropped at its end.
+#![allow(dead_code)]
 
 use std::io::Write;
 use std::net::TcpListener;
