@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crate::ldb::LdbWriter;
-use crate::mount::{self, MountCounters, Source};
+use crate::ldb::{self, LdbError, LdbWriter};
+use crate::mount::{self, MountCounters, MountError, Source};
 use crate::reflector::{Reflector, Settings, StopHandle};
 
 use super::{Error, users};
@@ -96,6 +96,31 @@ pub(super) fn check_foreign_ldb(path: &Path) -> Result<(), String> {
     }
 }
 
+/// Whether `path` is an LDB. Everything that is in it is the mount's to read.
+pub(super) fn identify_foreign_ldb(path: &Path) -> Result<(), Error> {
+    let foreign = |reason| Error::ForeignLdb {
+        path: path.to_owned(),
+        reason,
+    };
+    check_foreign_ldb(path).map_err(foreign)?;
+    ldb::check_foreign(path).map_err(|error| foreign_error(path, error))
+}
+
+/// What an error of an LDB means that is not ours to remove.
+fn foreign_error(path: &Path, error: LdbError) -> Error {
+    let reason = match error {
+        LdbError::NotAnLdb { reason, .. } => format!("{reason}; name the file of an LDB"),
+        LdbError::Corrupt { reason, .. } => {
+            format!("it is damaged ({reason}); let the process that writes it build it anew")
+        }
+        other => return Error::Ldb(other.to_string()),
+    };
+    Error::ForeignLdb {
+        path: path.to_owned(),
+        reason,
+    }
+}
+
 /// The ledger, not connected yet.
 pub(super) fn open_origin(url: &OriginUrl) -> Result<Box<dyn Origin>, OriginError> {
     ledger::open(url)
@@ -137,8 +162,12 @@ pub(super) fn mount(
             fallbacks: &counters.fallbacks,
         })
     });
-    mount::mount(settings, render, Arc::clone(board))
-        .map_err(|error| Error::Mount(error.to_string()))
+    mount::mount(settings, render, Arc::clone(board)).map_err(|error| {
+        match (error, &config.follow) {
+            (MountError::Ldb(error), Follow::Ldb { file, .. }) => foreign_error(file, error),
+            (error, _) => Error::Mount(error.to_string()),
+        }
+    })
 }
 
 /// The running reflector.

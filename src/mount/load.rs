@@ -285,6 +285,16 @@ impl Server {
         &self,
         read: impl FnOnce(&mut Reader) -> rusqlite::Result<T>,
     ) -> Result<T, LdbError> {
-        self.readers.read(read)
+        let answer = self.readers.read(read);
+        if let Err(LdbError::Corrupt { reason, .. } | LdbError::NotAnLdb { reason, .. }) = &answer {
+            let mut known = false;
+            self.board
+                .update(|p| known = p.damage.replace(reason.clone()).is_some());
+            if !known {
+                // Once: every read of the damaged part comes this way.
+                tracing::error!(%reason, "the LDB is damaged: some reads fail");
+            }
+        }
+        answer
     }
 }

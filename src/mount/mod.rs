@@ -273,6 +273,7 @@ impl Watched {
         if self.files.is_some_and(|before| before != files) {
             self.reader = Reader::open(ldb)?;
             server.readers.reopen();
+            server.board.update(|p| p.damage = None);
             self.seen = None;
         }
         let seen = self
