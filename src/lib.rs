@@ -27,5 +27,6 @@ pub mod ledger;
 pub mod model;
 pub mod mount;
 pub mod reflector;
+mod sqlite;
 pub mod status;
 pub mod tree;

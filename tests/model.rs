@@ -101,11 +101,17 @@ fn a_row_stays_in_its_open_directory_when_the_table_gets_a_field() {
 }
 
 #[test]
-fn a_row_that_comes_back_after_a_clear_is_not_remembered_as_absent() {
-    play(&[
-        Op::Create(0, 0, vec![row_of(0, 1)]),
-        Op::Hold([4; 4]),
+fn a_row_that_comes_back_is_not_remembered_as_absent() {
+    for gone in [
         Op::Clear(0),
-        Op::Mutate(0, 0, vec![row_of(0, 2)]),
-    ]);
+        Op::Recreate(0, 0, vec![], true),
+        Op::Recreate(0, 0, vec![], false),
+    ] {
+        play(&[
+            Op::Create(0, 0, vec![row_of(0, 1)]),
+            Op::Hold([4; 4]),
+            gone,
+            Op::Mutate(0, 0, vec![row_of(0, 2)]),
+        ]);
+    }
 }

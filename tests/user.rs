@@ -159,13 +159,17 @@ fn a_users_daemon_ends_with_a_signal_and_is_replaced_when_it_is_killed() {
         r#"
         pid() { as_user cat "$DIR/home/ctl/.ctlfs/status.json" | sed -n 's/.*"pid": \([0-9]*\).*/\1/p'; }
         gone() { ! grep -q " $DIR/home/ctl " /proc/self/mountinfo; }
+        # The lock is let go last.
+        ended() { flock --nonblock "$DIR"/home/.local/state/ctlfs/*/lock true; }
         mount_tree
         as_user kill -TERM "$(pid)"
         until_ok gone
+        until_ok ended
         mount_tree
         dead=$(pid)
         kill -KILL "$dead"
         until_ok must_fail as_user ls "$DIR/home/ctl"
+        until_ok ended
         mount_tree
         [ "$(grep -c " $DIR/home/ctl " /proc/self/mountinfo)" = 1 ]
         [ "$(as_user cat "$DIR/home/ctl/app/flags/one/enabled")" = 1 ]

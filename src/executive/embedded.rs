@@ -5,14 +5,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::types::{ToSqlOutput, ValueRef};
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, ToSql, params_from_iter};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params_from_iter};
 
 use super::ExecutiveError;
 use super::central::{Central, Definition, LOCK, LOCK_ROW, Step, StepError, TABLES};
 use crate::ledger::embedded::{describe, explain};
 use crate::ledger::{LEDGER_TABLE, OriginError, statement};
 use crate::model::{FamilyName, Field, FieldType, Seq, TableRef, TableSchema, Value};
+use crate::sqlite::{Bound, value_of};
 
 /// How long a transaction waits for other writers.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -267,7 +267,7 @@ impl Central for EmbeddedCentral {
                 let row = query
                     .query_row(params_from_iter(key.iter().map(Bound)), |row| {
                         (0..columns.len())
-                            .map(|i| row.get_ref(i).map(value))
+                            .map(|i| row.get_ref(i).map(value_of))
                             .collect::<rusqlite::Result<Vec<_>>>()
                     })
                     .optional()?;
@@ -308,30 +308,5 @@ impl Central for EmbeddedCentral {
             Definition::Add(field) => statement::add_column(table, field),
         };
         self.with(|db| db.execute_batch(&text))
-    }
-}
-
-/// A value as a parameter of a statement.
-struct Bound<'a>(&'a Value);
-
-impl ToSql for Bound<'_> {
-    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-        Ok(ToSqlOutput::Borrowed(match self.0 {
-            Value::Null => ValueRef::Null,
-            Value::Integer(i) => ValueRef::Integer(*i),
-            Value::Real(r) => ValueRef::Real(*r),
-            Value::Text(t) => ValueRef::Text(t),
-            Value::Blob(b) => ValueRef::Blob(b),
-        }))
-    }
-}
-
-fn value(stored: ValueRef<'_>) -> Value {
-    match stored {
-        ValueRef::Null => Value::Null,
-        ValueRef::Integer(i) => Value::Integer(i),
-        ValueRef::Real(r) => Value::Real(r),
-        ValueRef::Text(t) => Value::Text(t.to_vec()),
-        ValueRef::Blob(b) => Value::Blob(b.to_vec()),
     }
 }

@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use rusqlite::types::{ToSqlOutput, ValueRef};
-use rusqlite::{Connection, ToSql, params_from_iter};
+use rusqlite::{Connection, params_from_iter};
 
 use crate::model::{DirChange, Key, RowChange, RowKind, Table, Value};
+use crate::sqlite::Bound;
 
 /// The prefixes of the rows' keys that existed before the batch and no longer do, or the other way
 /// round. `conn` shows the state after the batch.
@@ -59,19 +59,4 @@ pub(super) fn changed(
         }
     }
     Ok(dirs)
-}
-
-/// A value as a parameter.
-struct Bound<'a>(&'a Value);
-
-impl ToSql for Bound<'_> {
-    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-        Ok(ToSqlOutput::Borrowed(match self.0 {
-            Value::Null => ValueRef::Null,
-            Value::Integer(i) => ValueRef::Integer(*i),
-            Value::Real(r) => ValueRef::Real(*r),
-            Value::Text(bytes) => ValueRef::Text(bytes),
-            Value::Blob(bytes) => ValueRef::Blob(bytes),
-        }))
-    }
 }

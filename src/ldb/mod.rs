@@ -21,7 +21,6 @@ mod image;
 mod overflow;
 pub mod reader;
 mod reshape;
-mod stamp;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -33,7 +32,6 @@ use std::path::{Path, PathBuf};
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 pub use batch::{ApplyError, Batch};
-pub use stamp::{format_timestamp, parse_timestamp};
 pub use writer::{Digest, LdbWriter, Position, statement_digest};
 
 /// The version of the tables that ctlfs adds.

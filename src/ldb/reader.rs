@@ -8,11 +8,13 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use rusqlite::types::{ToSql, ToSqlOutput, ValueRef};
+use rusqlite::config::DbConfig;
+use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params_from_iter};
 
 use super::{LdbError, catalog};
 use crate::model::{Catalog, LedgerTime, Seq, Table, TableRef, Value};
+use crate::sqlite::{Bound, value_of};
 
 /// How many prepared statements a reader keeps: a few for each of the tables in use.
 const STATEMENT_CACHE: usize = 256;
@@ -71,6 +73,9 @@ impl Reader {
         let connection = Connection::open_with_flags(path, flags)?;
         connection.busy_timeout(std::time::Duration::from_secs(5))?;
         connection.set_prepared_statement_cache_capacity(STATEMENT_CACHE);
+        // SQLite is built with STAT4: without this it compiles a statement anew whenever a
+        // parameter is bound, in case the value would make for another plan.
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
         connection.pragma_update(None, "cache_size", -PAGE_CACHE_KIB)?;
         connection.pragma_update(None, "query_only", true)?;
         Ok(Reader {
@@ -82,6 +87,17 @@ impl Reader {
     /// The tables, with the LDB's position.
     pub fn catalog(&mut self) -> rusqlite::Result<At<Catalog>> {
         self.snapshot(|reader| catalog::load(&reader.connection))
+    }
+
+    /// The LDB's position.
+    pub fn position(&mut self) -> rusqlite::Result<Seq> {
+        Ok(self.snapshot(|_| Ok(()))?.seq)
+    }
+
+    /// A number that changes whenever a table is created, altered or dropped.
+    pub fn schema_version(&mut self) -> rusqlite::Result<i64> {
+        self.connection
+            .query_row("PRAGMA schema_version", [], |row| row.get(0))
     }
 
     /// A number that changes whenever another connection commits.
@@ -213,7 +229,7 @@ impl Reader {
             let mut after = after.cloned();
             // Each round is one range scan; a run of equal values ends it early and seeks on.
             loop {
-                let more = reader.keys_from(table, prefix, after.as_ref(), None, |value| {
+                let more = reader.range(table, prefix, None, after.as_ref(), None, |value| {
                     keys.push(value);
                     keys.len() < limit
                 })?;
@@ -274,17 +290,6 @@ impl Reader {
             }
             Ok(None)
         })
-    }
-
-    fn keys_from(
-        &self,
-        table: &Table,
-        prefix: &[Value],
-        after: Option<&Value>,
-        end: Option<&Value>,
-        take: impl FnMut(Value) -> bool,
-    ) -> rusqlite::Result<bool> {
-        self.range(table, prefix, None, after, end, take)
     }
 
     /// Scans the key part behind `prefix` and hands each different value to `take` until that
@@ -471,35 +476,4 @@ fn successor(start: &[u8]) -> Option<Vec<u8>> {
         }
     }
     None
-}
-
-/// A value as an SQL parameter, without copying its bytes.
-struct Bound<'a>(&'a Value);
-
-impl Bound<'_> {
-    fn value(&self) -> ValueRef<'_> {
-        match self.0 {
-            Value::Null => ValueRef::Null,
-            Value::Integer(i) => ValueRef::Integer(*i),
-            Value::Real(r) => ValueRef::Real(*r),
-            Value::Text(bytes) => ValueRef::Text(bytes),
-            Value::Blob(bytes) => ValueRef::Blob(bytes),
-        }
-    }
-}
-
-impl ToSql for Bound<'_> {
-    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-        Ok(ToSqlOutput::Borrowed(self.value()))
-    }
-}
-
-fn value_of(value: ValueRef<'_>) -> Value {
-    match value {
-        ValueRef::Null => Value::Null,
-        ValueRef::Integer(i) => Value::Integer(i),
-        ValueRef::Real(r) => Value::Real(r),
-        ValueRef::Text(bytes) => Value::Text(bytes.to_vec()),
-        ValueRef::Blob(bytes) => Value::Blob(bytes.to_vec()),
-    }
 }

@@ -17,9 +17,7 @@ use sha2::{Digest as _, Sha256};
 use super::authorizer::Guard;
 use super::batch::Batch;
 use super::capture::Capture;
-use super::{
-    Contents, FORMAT, LdbError, catalog, check_header, identify, parse_timestamp, rows_table,
-};
+use super::{Contents, FORMAT, LdbError, catalog, check_header, identify, rows_table};
 use crate::model::{Catalog, LedgerTime, Seq};
 
 /// The SHA-256 of a statement, in hex.
@@ -203,7 +201,7 @@ impl LdbWriter {
             conn.prepare_cached(
                 "INSERT OR REPLACE INTO _ldb_last_update(name, timestamp) VALUES('ledger', ?1)",
             )?
-            .execute([super::format_timestamp(time)])?;
+            .execute([time.to_timestamp()])?;
         }
         store_digest(conn, position)?;
         if !gaps.is_empty() {
@@ -247,6 +245,8 @@ fn configure(conn: &Connection) -> rusqlite::Result<()> {
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DQS_DML, false)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_DQS_DDL, false)?;
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_FKEY, false)?;
+    // As in readers: bound values must not make SQLite compile a cached statement anew.
+    conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     conn.query_row("PRAGMA journal_mode = WAL", [], |_| Ok(()))?;
     // NORMAL: a crash of the machine can lose the last commits, never tear one; the ledger has
     // them still.
@@ -367,7 +367,7 @@ fn load_position(conn: &Connection) -> rusqlite::Result<Position> {
     Ok(Position {
         seq: Seq::from_sql(seq.unwrap_or(0)),
         digest: state(conn, "last_digest")?,
-        time: time.and_then(|t| parse_timestamp(&t)),
+        time: time.and_then(|t| LedgerTime::parse(t.as_bytes())),
     })
 }
 

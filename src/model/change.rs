@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use super::catalog::Catalog;
 use super::name::TableRef;
-use super::seq::{LedgerTime, Seq};
+use super::seq::Seq;
+use super::time::LedgerTime;
 use super::value::Key;
 
 /// The net effect of one SQLite transaction, which holds one or more whole ledger transactions.

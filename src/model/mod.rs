@@ -7,10 +7,12 @@ mod catalog;
 mod change;
 mod name;
 mod seq;
+mod time;
 mod value;
 
 pub use catalog::{Catalog, Field, FieldType, SchemaError, Table, TableSchema};
 pub use change::{ChangeSet, DirChange, Extent, FieldSet, RowChange, RowKind, TableChange};
 pub use name::{FamilyName, FieldName, NameError, TableName, TableRef};
-pub use seq::{LedgerTime, Seq};
+pub use seq::Seq;
+pub use time::LedgerTime;
 pub use value::{Key, Value};

@@ -1,7 +1,6 @@
-//! Positions in the ledger and the times of its entries.
+//! Positions in the ledger.
 
 use std::fmt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A sequence number of the ledger. Zero stands before its first entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -41,43 +40,5 @@ impl Seq {
 impl fmt::Display for Seq {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
-    }
-}
-
-/// The time of a ledger entry: microseconds since the Unix epoch, UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct LedgerTime(i64);
-
-impl LedgerTime {
-    /// A time from microseconds since the Unix epoch.
-    pub const fn from_micros(micros: i64) -> Self {
-        LedgerTime(micros)
-    }
-
-    /// Microseconds since the Unix epoch.
-    pub const fn micros(self) -> i64 {
-        self.0
-    }
-}
-
-impl From<LedgerTime> for SystemTime {
-    fn from(time: LedgerTime) -> SystemTime {
-        let distance = Duration::from_micros(time.0.unsigned_abs());
-        let moved = if time.0 >= 0 {
-            UNIX_EPOCH.checked_add(distance)
-        } else {
-            UNIX_EPOCH.checked_sub(distance)
-        };
-        moved.unwrap_or(UNIX_EPOCH)
-    }
-}
-
-impl From<SystemTime> for LedgerTime {
-    fn from(time: SystemTime) -> LedgerTime {
-        let micros = match time.duration_since(UNIX_EPOCH) {
-            Ok(after) => i64::try_from(after.as_micros()).unwrap_or(i64::MAX),
-            Err(before) => i64::try_from(before.duration().as_micros()).map_or(i64::MIN, |m| -m),
-        };
-        LedgerTime(micros)
     }
 }

@@ -137,7 +137,7 @@ impl Filesystem for Fs {
         {
             self.skip_open = false;
             self.requests.fall_back(
-                "every open asks the daemon, so reads are slower (no FUSE_NO_OPEN_SUPPORT; Linux 4.20 has it)",
+                "every open asks the daemon, so reads are slower (no FUSE_NO_OPEN_SUPPORT)",
             );
         }
         Ok(())

@@ -1,5 +1,5 @@
 //! The flip as the reflector drives it: what the kernel may hold is invalidated before the commit,
-//! attributes after it.
+//! attributes once more after it.
 //!
 //! A notification takes a lock of the directory in the kernel and waits for the lookups in flight
 //! there, which need this daemon's workers. So none is sent while the state's lock is held, and no
@@ -44,7 +44,7 @@ impl Kernel for Notifier {
 pub(super) struct Flipper<K> {
     server: Arc<Server>,
     kernel: K,
-    /// Inodes whose attributes are out of date once the commit has happened.
+    /// Inodes whose attributes are different ones once the commit has happened.
     attributes: Vec<u64>,
     /// Whether a failed notification was logged already.
     complained: bool,
@@ -60,14 +60,29 @@ impl<K: Kernel> Flipper<K> {
         }
     }
 
-    /// Keeps the old bytes of `plan`'s files, then invalidates its entries.
+    /// Invalidates the entries of `plan`, then keeps the old bytes of those files that the kernel
+    /// did not forget thereby: the ones that somebody has open.
     fn carry_out(&mut self, plan: Plan) {
+        for (parent, name) in plan.entries {
+            let sent = self.kernel.invalidate_entry(parent, &name);
+            self.note(sent);
+        }
         for (ino, node) in plan.keep {
+            if self
+                .server
+                .state()
+                .slot(ino)
+                .is_none_or(|slot| slot.version.is_some())
+            {
+                continue;
+            }
             match self.server.old_version(&node) {
                 Ok(version) => {
-                    let mut state = self.server.state();
-                    if let (Some(version), Some(slot)) = (version, state.slot_mut(ino)) {
-                        slot.version.get_or_insert_with(|| Arc::new(version));
+                    let version = version.map(Arc::new);
+                    if let (Some(version), Some(slot)) =
+                        (&version, self.server.state().slot_mut(ino))
+                    {
+                        slot.version.get_or_insert_with(|| Arc::clone(version));
                     }
                 }
                 Err(fault) => {
@@ -75,11 +90,16 @@ impl<K: Kernel> Flipper<K> {
                 }
             }
         }
-        for (parent, name) in plan.entries {
-            let sent = self.kernel.invalidate_entry(parent, &name);
+        // Until the commit they are handed out for no time at all.
+        self.invalidate_attributes(plan.attributes.iter().copied());
+        self.attributes.extend(plan.attributes);
+    }
+
+    fn invalidate_attributes(&mut self, inodes: impl IntoIterator<Item = u64>) {
+        for ino in inodes {
+            let sent = self.kernel.invalidate_attributes(ino);
             self.note(sent);
         }
-        self.attributes.extend(plan.attributes);
     }
 
     fn note(&mut self, sent: io::Result<()>) {
@@ -154,13 +174,13 @@ impl<K: Kernel> CommitObserver for Flipper<K> {
                 .filter(|ino| state.slot(*ino).is_some())
                 .collect()
         };
-        for ino in inodes {
-            let sent = self.kernel.invalidate_attributes(ino);
-            self.note(sent);
-        }
+        // A lookup that was answered before the transition can have brought its attributes to the
+        // kernel after they were invalidated: no lock makes one wait for the other.
+        self.invalidate_attributes(inodes);
     }
 
     fn commit_failed(&mut self, _: &ChangeSet) {
-        self.server.state().abandon();
+        let kept = self.server.state().abandon();
+        drop(kept);
     }
 }

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use ctlfs::ldb::LdbWriter;
 use ctlfs::ledger::Entry;
@@ -20,6 +21,9 @@ const CTLSTORE: &str = "PRAGMA journal_mode = WAL;
     CREATE TABLE _ldb_last_update(name STRING PRIMARY KEY NOT NULL, timestamp DATETIME NOT NULL);
     INSERT INTO _ldb_seq VALUES(1, 41);
     INSERT INTO _ldb_last_update VALUES('ledger', '2024-02-29 12:34:56+00:00');";
+
+/// How often the mounts here look at their LDB.
+const INTERVAL: Duration = Duration::from_millis(100);
 
 struct Foreign {
     daemon: Daemon,
@@ -58,7 +62,13 @@ impl Foreign {
 fn mount(place: &Place, file: &Path) -> Daemon {
     let mut command = ctlfs();
     command
-        .args(["mount", "--foreground", "--check-interval", "40ms", "--ldb"])
+        .args([
+            "mount",
+            "--foreground",
+            "--check-interval",
+            "100ms",
+            "--ldb",
+        ])
         .arg(file)
         .arg("--state")
         .arg(place.state())
@@ -74,15 +84,20 @@ fn changes_of_another_process_appear_within_the_interval() {
     let read = || fs::read_to_string(&path).unwrap_or_else(|error| error.to_string());
     assert_eq!(read(), "first");
     let ino = fs::metadata(&path).unwrap().ino();
-    for (round, text) in ["second", "third, longer", ""].into_iter().enumerate() {
+    let mut quickest = Duration::MAX;
+    let texts = ["second", "third, longer", "", "5", "6", "7"];
+    for (round, text) in texts.into_iter().enumerate() {
         tree.write(&flag("a", 1, text));
-        // A loaded machine may be slow to check; it must not miss it.
+        let committed = Instant::now();
         wait_until("the change is visible", || read() == text);
+        quickest = quickest.min(committed.elapsed());
         wait_until("the sequence too", || {
             fs::read_to_string(tree.daemon.path(".ctlfs/seq")).unwrap()
                 == format!("{}\n", 42 + round)
         });
     }
+    // A loaded machine may be slow to look; it cannot be so every time.
+    assert!(quickest < 2 * INTERVAL, "{quickest:?}");
     assert_ne!(fs::metadata(&path).unwrap().ino(), ino);
     // One that does not move the sequence, as an operator's.
     tree.ldb.execute_batch(&flag("a", 1, "by hand")).unwrap();

@@ -2,6 +2,7 @@
 //!
 //! It shares no code with the crate: names, values and JSON are rendered here once more.
 
+mod look;
 pub mod world;
 
 use std::collections::BTreeMap;
@@ -169,10 +170,13 @@ pub struct Table {
     pub rows: BTreeMap<Vec<Vec<u8>>, Vec<Datum>>,
 }
 
+/// Fields, and the positions of those of the key.
+type Shape = (&'static [(&'static str, Type)], &'static [usize]);
+
 /// The shapes that a table may have.
 pub fn shape(choice: u8) -> Table {
     use Type::{Binary, Bytestring, Decimal, Integer, String, Text};
-    let shapes: [(&[(&str, Type)], &[usize]); 7] = [
+    let shapes: [Shape; 7] = [
         (&[("name", String), ("enabled", Integer)], &[0]),
         (&[("id", Integer), ("note", Text), ("ratio", Decimal)], &[0]),
         // Another type under the same names.

@@ -2,20 +2,17 @@
 //! compared.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 
 use ctlfs::executive::{Executive, Mutation};
 use ctlfs::ledger::statement;
 use ctlfs::model::{Field, FieldName, FieldType, TableRef, TableSchema, Value};
 use rusqlite::Connection;
-use serde_json::Value as Json;
 
+use super::look::{is_json, open, read_at, read_whole};
 use super::{Datum, Entry, Model, Op, Path, Row, Table, Type, join, keys, shape, values};
 use crate::common::daemon::{Daemon, Place};
 
@@ -526,62 +523,6 @@ fn row_path(family: &str, name: &str, key: &[Vec<u8>]) -> Path {
         path = join(&[&path, part]);
     }
     path
-}
-
-fn open(path: &std::path::Path, is_dir: bool) -> File {
-    let flags = if is_dir { libc::O_DIRECTORY } else { 0 };
-    File::options()
-        .read(true)
-        .custom_flags(flags)
-        .open(path)
-        .unwrap()
-}
-
-/// What an open directory has under a name: nothing, a directory, or a file with these bytes.
-fn read_at(directory: &File, name: &[u8]) -> Option<Option<Vec<u8>>> {
-    let name = CString::new(name).unwrap();
-    // SAFETY: the descriptor is open and `name` is a NUL-terminated string.
-    let fd = unsafe { libc::openat(directory.as_raw_fd(), name.as_ptr(), libc::O_RDONLY) };
-    if fd < 0 {
-        let error = std::io::Error::last_os_error();
-        assert_eq!(
-            error.raw_os_error(),
-            Some(libc::ENOENT),
-            "{name:?}: {error}"
-        );
-        return None;
-    }
-    // SAFETY: the descriptor was just opened and belongs to nobody else.
-    let mut file = unsafe { File::from_raw_fd(fd) };
-    if file.metadata().unwrap().is_dir() {
-        return Some(None);
-    }
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).unwrap();
-    Some(Some(bytes))
-}
-
-fn read_whole(file: &File, buffer: &mut [u8]) -> usize {
-    let mut length = 0;
-    while let Ok(more @ 1..) = file.read_at(&mut buffer[length..], length as u64) {
-        length += more;
-    }
-    length
-}
-
-/// Whether a file is this JSON, its members in this order, and a newline.
-fn is_json(bytes: &[u8], expected: &Json) -> bool {
-    let Some(text) = bytes.strip_suffix(b"\n") else {
-        return false;
-    };
-    let Ok(found) = serde_json::from_slice::<Json>(text) else {
-        return false;
-    };
-    let members = |json: &Json| {
-        json.as_object()
-            .map(|o| o.keys().cloned().collect::<Vec<_>>())
-    };
-    found == *expected && members(&found) == members(expected)
 }
 
 /// The values that a row's numbers choose.
