@@ -45,7 +45,7 @@ impl LedgerTime {
             return None;
         }
         let rest = text.get(19..)?;
-        let zones = [&b"Z"[..], b"+00:00", b"+0000 UTC", b" +0000 UTC"];
+        let zones = [&b"Z"[..], b"+00:00", b" +0000 UTC", b"+0000 UTC"];
         let rest = zones
             .iter()
             .find_map(|zone| rest.strip_suffix(*zone))

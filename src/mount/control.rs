@@ -5,6 +5,7 @@
 //! replaced in between. So a version is handed out again while its content is still right, or while
 //! nobody has read it and it is young.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::server::{Content, Fault, Found, Lookup, Server};
@@ -21,6 +22,7 @@ const YOUNG: Duration = Duration::from_secs(1);
 pub(super) struct Handed {
     ino: u64,
     bytes: Vec<u8>,
+    version: Arc<Version>,
     at: Instant,
     read: bool,
 }
@@ -43,24 +45,26 @@ impl Server {
         if let Some(again) = self.again(file, |handed| handed.bytes == bytes) {
             return Ok(again);
         }
-        let version = Version {
+        let version = Arc::new(Version {
             bytes: Some(self.keeper.keep(bytes.clone())),
             mark: Mark {
                 seq: Seq::ZERO,
                 time: SystemTime::now().into(),
             },
-        };
-        let mut state = self.state();
+        });
         let (size, time) = (bytes.len() as u64, version.mark.time);
-        let entered = state.enter_frozen(Node::ControlFile(file), version);
+        let mut state = self.state();
+        let entered = state.enter_frozen(Node::ControlFile(file), Arc::clone(&version));
         let handed = Handed {
             ino: entered.ino,
             bytes,
+            version,
             at: Instant::now(),
             read: false,
         };
-        state.controls.insert(file, handed);
+        let before = state.controls.insert(file, handed);
         drop(state);
+        drop(before);
         Ok(self.control_entry(file, &entered, size, time))
     }
 
@@ -73,13 +77,15 @@ impl Server {
         }
     }
 
-    /// The version that was handed out last, once more, if it will do and the kernel still has it.
+    /// The version that was handed out last, once more, if it will do. The kernel may have dropped
+    /// it since: between the stat and the open of a program nobody holds it.
     fn again(&self, file: ControlFile, will_do: impl FnOnce(&Handed) -> bool) -> Option<Lookup> {
         let mut state = self.state();
         let handed = state.controls.get(&file).filter(|handed| will_do(handed))?;
         let (ino, size) = (handed.ino, handed.bytes.len() as u64);
-        let time = state.slot(ino)?.version.as_ref()?.mark.time;
-        let entered = state.enter_again(ino)?;
+        let version = Arc::clone(&handed.version);
+        let time = version.mark.time;
+        let entered = state.enter_again(ino, Node::ControlFile(file), version);
         drop(state);
         Some(self.control_entry(file, &entered, size, time))
     }

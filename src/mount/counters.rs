@@ -15,11 +15,13 @@ pub(super) enum Operation {
     Opendir,
     Readdir,
     Xattr,
+    /// Whatever is asked of `.ctlfs`: who watches the counts does not change the others.
+    Control,
     Other,
 }
 
 impl Operation {
-    const ALL: [Operation; 9] = [
+    const ALL: [Operation; 10] = [
         Operation::Lookup,
         Operation::Forget,
         Operation::Getattr,
@@ -28,6 +30,7 @@ impl Operation {
         Operation::Opendir,
         Operation::Readdir,
         Operation::Xattr,
+        Operation::Control,
         Operation::Other,
     ];
 
@@ -42,6 +45,7 @@ impl Operation {
             Operation::Opendir => "opendir",
             Operation::Readdir => "readdir",
             Operation::Xattr => "xattr",
+            Operation::Control => "control",
             Operation::Other => "other",
         }
     }

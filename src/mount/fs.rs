@@ -44,7 +44,13 @@ impl Fs {
 
     /// Counts a request and answers it. Should answering panic, the reply that is dropped on the
     /// way out answers EIO: the reader gets an error, and the next request is served.
-    fn answer(&self, operation: Operation, answer: impl FnOnce(&Server)) {
+    fn answer(&self, operation: Operation, ino: INodeNo, answer: impl FnOnce(&Server)) {
+        let control = operation != Operation::Forget && self.server.is_control(ino.0);
+        let operation = if control {
+            Operation::Control
+        } else {
+            operation
+        };
         self.requests.count(operation);
         if catch_unwind(AssertUnwindSafe(|| answer(&self.server))).is_err() {
             tracing::error!(
@@ -144,7 +150,7 @@ impl Filesystem for Fs {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.answer(Operation::Lookup, |server| {
+        self.answer(Operation::Lookup, parent, |server| {
             match server.lookup(parent.0, name.as_bytes()) {
                 Ok(Lookup::Found {
                     attributes,
@@ -162,18 +168,20 @@ impl Filesystem for Fs {
     }
 
     fn forget(&self, _: &Request, ino: INodeNo, count: u64) {
-        self.answer(Operation::Forget, |server| server.forget(ino.0, count));
+        self.answer(Operation::Forget, ino, |server| server.forget(ino.0, count));
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        self.answer(Operation::Getattr, |server| match server.getattr(ino.0) {
-            Ok((attributes, ttl)) => reply.attr(&ttl, &file_attr(&attributes)),
-            Err(fault) => reply.error(errno(&fault)),
+        self.answer(Operation::Getattr, ino, |server| {
+            match server.getattr(ino.0) {
+                Ok((attributes, ttl)) => reply.attr(&ttl, &file_attr(&attributes)),
+                Err(fault) => reply.error(errno(&fault)),
+            }
         });
     }
 
-    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        self.answer(Operation::Open, |_| {
+    fn open(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        self.answer(Operation::Open, ino, |_| {
             if self.skip_open {
                 // The kernel takes this as "no need to ask", for all files from now on, and keeps
                 // cached pages over opens. Each version being an inode of its own, they are right.
@@ -195,7 +203,7 @@ impl Filesystem for Fs {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.answer(Operation::Read, |server| {
+        self.answer(Operation::Read, ino, |server| {
             match server.read_file(ino.0, offset, size) {
                 Ok(bytes) => reply.data(&bytes),
                 Err(fault) => reply.error(errno(&fault)),
@@ -203,13 +211,13 @@ impl Filesystem for Fs {
         });
     }
 
-    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+    fn flush(&self, _: &Request, ino: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
         // The kernel does not ask again.
-        self.answer(Operation::Other, |_| reply.error(Errno::ENOSYS));
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::ENOSYS));
     }
 
     fn opendir(&self, _: &Request, ino: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        self.answer(Operation::Opendir, |server| {
+        self.answer(Operation::Opendir, ino, |server| {
             match server.open_directory(ino.0) {
                 Ok(handle) => reply.opened(FileHandle(handle), FopenFlags::empty()),
                 Err(fault) => reply.error(errno(&fault)),
@@ -220,12 +228,12 @@ impl Filesystem for Fs {
     fn readdir(
         &self,
         _: &Request,
-        _: INodeNo,
+        ino: INodeNo,
         handle: FileHandle,
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        self.answer(Operation::Readdir, |server| {
+        self.answer(Operation::Readdir, ino, |server| {
             let mut add = |position, ino: Option<u64>, is_dir, name: &[u8]| {
                 let kind = if is_dir {
                     FileType::Directory
@@ -245,40 +253,40 @@ impl Filesystem for Fs {
     fn releasedir(
         &self,
         _: &Request,
-        _: INodeNo,
+        ino: INodeNo,
         handle: FileHandle,
         _: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.answer(Operation::Other, |server| {
+        self.answer(Operation::Other, ino, |server| {
             server.close_directory(handle.0);
             reply.ok();
         });
     }
 
-    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.answer(Operation::Other, |_| reply.ok());
+    fn fsyncdir(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        self.answer(Operation::Other, ino, |_| reply.ok());
     }
 
-    fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.answer(Operation::Other, |_| reply.ok());
+    fn fsync(&self, _: &Request, ino: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        self.answer(Operation::Other, ino, |_| reply.ok());
     }
 
-    fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, _: &Request, ino: INodeNo, reply: ReplyStatfs) {
         // Nothing is ever full: a count of files with none free would be taken for that.
-        self.answer(Operation::Other, |_| {
+        self.answer(Operation::Other, ino, |_| {
             reply.statfs(0, 0, 0, 0, 0, 4096, 255, 4096);
         });
     }
 
     fn getxattr(&self, _: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.answer(Operation::Xattr, |server| {
+        self.answer(Operation::Xattr, ino, |server| {
             reply_xattr(reply, size, server.xattr(ino.0, name.as_bytes()));
         });
     }
 
     fn listxattr(&self, _: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
-        self.answer(Operation::Xattr, |server| {
+        self.answer(Operation::Xattr, ino, |server| {
             reply_xattr(reply, size, server.xattrs(ino.0))
         });
     }
@@ -286,7 +294,7 @@ impl Filesystem for Fs {
     fn ioctl(
         &self,
         _: &Request,
-        _: INodeNo,
+        ino: INodeNo,
         _: FileHandle,
         _: IoctlFlags,
         _: u32,
@@ -295,11 +303,11 @@ impl Filesystem for Fs {
         reply: ReplyIoctl,
     ) {
         // Python before 3.14 asks every file whether it is a terminal.
-        self.answer(Operation::Other, |_| reply.error(Errno::ENOTTY));
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::ENOTTY));
     }
 
-    fn lseek(&self, _: &Request, _: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
+    fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
         // There are no holes; the kernel finds the end by itself and does not ask again.
-        self.answer(Operation::Other, |_| reply.error(Errno::ENOSYS));
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::ENOSYS));
     }
 }

@@ -292,6 +292,13 @@ impl Server {
         }
     }
 
+    /// Whether `ino` is `.ctlfs` or in it.
+    pub(super) fn is_control(&self, ino: u64) -> bool {
+        let state = self.state();
+        let node = state.slot(ino).map(|slot| &slot.node);
+        matches!(node, Some(Node::Control | Node::ControlFile(_)))
+    }
+
     /// The kernel drops `count` references to `ino`.
     pub(super) fn forget(&self, ino: u64, count: u64) {
         let forgotten = self.state().forget(ino, count);

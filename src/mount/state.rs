@@ -227,32 +227,26 @@ impl State {
     }
 
     /// Hands a content to the kernel that is fixed for this inode alone.
-    pub(super) fn enter_frozen(&mut self, node: Node, version: Version) -> Entered {
+    pub(super) fn enter_frozen(&mut self, node: Node, version: Arc<Version>) -> Entered {
         self.next += 1;
-        let ino = self.next;
-        let slot = Slot {
+        self.enter_again(self.next, node, version)
+    }
+
+    /// Hands the fixed content of `ino` to the kernel once more, whether it still has it or not.
+    pub(super) fn enter_again(&mut self, ino: u64, node: Node, version: Arc<Version>) -> Entered {
+        let slot = self.slots.entry(ino).or_insert(Slot {
             node,
-            lookups: 1,
-            version: Some(Arc::new(version)),
+            lookups: 0,
+            version: Some(version),
             detached: false,
             fingerprint: 0,
-        };
-        self.slots.insert(ino, slot);
+        });
+        slot.lookups += 1;
         Entered {
             ino,
             entry_ttl: Duration::ZERO,
             attr_ttl: LONG,
         }
-    }
-
-    /// Hands a fixed content to the kernel once more, if the kernel still has it.
-    pub(super) fn enter_again(&mut self, ino: u64) -> Option<Entered> {
-        self.slots.get_mut(&ino)?.lookups += 1;
-        Some(Entered {
-            ino,
-            entry_ttl: Duration::ZERO,
-            attr_ttl: LONG,
-        })
     }
 
     /// How long the kernel may keep that `parent` has no `name`; `node` is what the name would
