@@ -61,11 +61,12 @@ pub struct Batch<'w> {
 
 impl<'w> Batch<'w> {
     pub(super) fn begin(writer: &'w mut LdbWriter) -> Result<Self, LdbError> {
-        let error = |e| LdbError::from_sqlite(&writer.path, "write", &e);
-        if !writer.conn.is_autocommit() {
-            // Left over from a rollback that failed.
-            writer.conn.execute_batch("ROLLBACK").map_err(error)?;
+        if writer.in_batch {
+            // Left over from a batch that could not be taken back.
+            let taken = writer.take_back();
+            taken.map_err(|e| LdbError::from_sqlite(&writer.path, "write", &e))?;
         }
+        let error = |e| LdbError::from_sqlite(&writer.path, "write", &e);
         if writer.guard.armed() > MAX_ARMED {
             writer.disarm().map_err(error)?;
         }
@@ -74,6 +75,7 @@ impl<'w> Batch<'w> {
             .prepare_cached("BEGIN IMMEDIATE")
             .and_then(|mut s| s.execute([]))
             .map_err(error)?;
+        writer.in_batch = true;
         Ok(Batch {
             catalog_before: Arc::clone(&writer.catalog),
             from: writer.position.seq,
@@ -312,6 +314,7 @@ impl<'w> Batch<'w> {
         if let Err(e) = committed {
             return Err(self.ldb_error(&e));
         }
+        self.writer.in_batch = false;
         self.writer.position = position;
         self.writer.capture.reset();
         self.catalog_before = Arc::clone(&self.writer.catalog);
@@ -329,15 +332,9 @@ impl<'w> Batch<'w> {
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
-        if self.writer.conn.is_autocommit() && self.last.is_none() && !self.broken {
-            return;
-        }
-        if !self.writer.conn.is_autocommit() {
+        if self.writer.in_batch {
             // If it fails the next batch tries again before it begins.
-            let _ = self.writer.conn.execute_batch("ROLLBACK");
-            // The rollback has taken the triggers of this batch away.
-            let _ = self.writer.disarm();
-            self.writer.capture.reset();
+            let _ = self.writer.take_back();
         }
         self.writer.catalog = Arc::clone(&self.catalog_before);
     }
@@ -379,6 +376,22 @@ impl LdbWriter {
             }
             self.guard.arm(name.clone());
         }
+        Ok(())
+    }
+
+    /// Takes back a batch that was not committed, with all that is kept beside the database.
+    ///
+    /// SQLite may have rolled back on its own already: at a full disk, when it was interrupted, at
+    /// a COMMIT that failed, for `INSERT OR ROLLBACK`. That took away the triggers of this batch,
+    /// so nothing counts as captured from here on.
+    fn take_back(&mut self) -> rusqlite::Result<()> {
+        self.capture.reset();
+        let _ = self.guard.take_notes();
+        if !self.conn.is_autocommit() {
+            self.conn.execute_batch("ROLLBACK")?;
+        }
+        self.disarm()?;
+        self.in_batch = false;
         Ok(())
     }
 

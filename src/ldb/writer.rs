@@ -56,6 +56,8 @@ pub struct LdbWriter {
     pub(super) catalog: Arc<Catalog>,
     pub(super) position: Position,
     pub(super) statement_limit: Duration,
+    /// Whether a batch was begun that is neither committed nor taken back.
+    pub(super) in_batch: bool,
     ready: bool,
 }
 
@@ -85,6 +87,7 @@ impl LdbWriter {
             catalog: Arc::new(catalog),
             position,
             statement_limit: Duration::from_secs(60),
+            in_batch: false,
             ready,
         })
     }
