@@ -12,7 +12,7 @@ use std::time::Duration;
 use rusqlite::fallible_iterator::FallibleIterator;
 use rusqlite::{Connection, ErrorCode, params_from_iter};
 
-use super::authorizer::Notes;
+use super::authorizer::{Notes, may_read};
 use super::capture::Outcome;
 use super::overflow::{Fate, Stamp};
 use super::reshape::{self, Shape};
@@ -185,6 +185,11 @@ impl<'w> Batch<'w> {
                 // create or drop here change the schema.
                 let notes = guard.take_notes();
                 guard.leave();
+                for name in &notes.unknown {
+                    if !may_read(&writer.conn, name).map_err(|e| own(&e))? {
+                        return Err(refused(&format!("read the table {name}")));
+                    }
+                }
                 if notes.reshapes.is_some() {
                     writer.disarm().map_err(|e| own(&e))?;
                     for name in &notes.reshaped {
@@ -202,8 +207,9 @@ impl<'w> Batch<'w> {
             while rows.next().map_err(|e| judge(&e))?.is_some() {}
             drop(rows);
             drop(statement);
+            // Those of having compiled it anew.
+            let _ = guard.take_notes();
             if let Some((before, notes)) = shape {
-                let _ = guard.take_notes();
                 guard.leave();
                 let changed = reshape::follow(&writer.conn, &before, &notes.reshaped)
                     .map_err(|e| own(&e))?
@@ -477,6 +483,12 @@ fn write_table(conn: &Connection, table: &TableRef, last: Stamp) -> rusqlite::Re
     Ok(())
 }
 
+fn refused(what: &str) -> ApplyError {
+    ApplyError::Statement(format!(
+        "it would {what}; ledger statements may only change rows and shapes of config tables"
+    ))
+}
+
 /// What an error of a ledger statement means.
 fn judge(
     error: &rusqlite::Error,
@@ -485,9 +497,7 @@ fn judge(
     limit: Duration,
 ) -> ApplyError {
     if let Some(what) = guard.take_notes().refused {
-        return ApplyError::Statement(format!(
-            "it would {what}; ledger statements may only change rows and shapes of config tables"
-        ));
+        return refused(&what);
     }
     match error.sqlite_error_code() {
         Some(ErrorCode::OperationInterrupted) if guard.is_stopped() => ApplyError::Stopped,
