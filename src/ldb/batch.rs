@@ -520,24 +520,48 @@ fn judge(
     }
 }
 
-/// SQLite's message without pieces of the statement, which may be values.
+/// SQLite's message if it holds names only; others may hold pieces of the statement, or values.
 fn redact(error: &rusqlite::Error) -> String {
+    const SAFE: [&str; 14] = [
+        "no such table: ",
+        "no such function: ",
+        "table ",
+        "UNIQUE constraint failed: ",
+        "NOT NULL constraint failed: ",
+        "CHECK constraint failed: ",
+        "duplicate column name: ",
+        "cannot ",
+        "Cannot ",
+        "datatype mismatch",
+        "string or blob too big",
+        "too many ",
+        "error in table ",
+        "all VALUES must have the same number of terms",
+    ];
     let message = message_of(error);
+    let counts = message.ends_with(" columns") && message.contains(" values for ");
+    if counts || SAFE.iter().any(|start| message.starts_with(start)) {
+        return message;
+    }
     let at = match error {
         rusqlite::Error::SqlInputError { offset, .. } if *offset >= 0 => {
             format!(" at byte {offset} of the statement")
         }
         _ => String::new(),
     };
-    for (start, kind) in [
+    let known = [
         ("near ", "a syntax error"),
         ("unrecognized token", "a syntax error"),
         ("no such column", "no such column"),
         ("incomplete input", "the statement is incomplete"),
-    ] {
-        if message.starts_with(start) {
-            return format!("{kind}{at}");
-        }
+    ];
+    let kind = known.iter().find(|(start, _)| message.starts_with(start));
+    match (kind, error.sqlite_error()) {
+        (Some((_, kind)), _) => format!("{kind}{at}"),
+        (None, Some(code)) => format!(
+            "SQLite refuses it{at} (error {}); its message may hold values and is not shown",
+            code.extended_code
+        ),
+        (None, None) => format!("it cannot be run{at}"),
     }
-    message
 }

@@ -227,6 +227,28 @@ fn statements_that_change_config_tables_pass() {
 }
 
 #[test]
+fn values_do_not_show_in_errors() {
+    let mut fixture = Fixture::with(&[FLAGS, LIMITS]);
+    for statement in [
+        "UPDATE app___limits SET n = 0x1122334455667788990011",
+        "INSERT INTO app___limits SELECT 1, json_extract('{}', 'secret')",
+        "INSERT INTO app___flags(name) VALUES(json('secret'))",
+        "INSERT INTO app___flags(name) VALUES(secret)",
+        "INSERT INTO app___flags(name) VALUES('a' secret)",
+        "INSERT INTO app___limits SELECT 1, abs(-9223372036854775808)",
+    ] {
+        let reason = fixture.apply(&[statement]).unwrap_err().to_string();
+        assert!(
+            !reason.contains("secret") && !reason.contains("112233"),
+            "{reason}"
+        );
+    }
+    let statement = "INSERT INTO app___limits VALUES(1, 2), (1, 3)";
+    let reason = fixture.apply(&[statement]).unwrap_err().to_string();
+    assert_eq!(reason, "UNIQUE constraint failed: app___limits.id");
+}
+
+#[test]
 fn an_endless_statement_is_stopped() {
     let endless = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c) \
                    INSERT INTO app___limits SELECT 1, count(*) FROM c";
