@@ -214,10 +214,10 @@ impl<'w> Batch<'w> {
                 let changed = reshape::follow(&writer.conn, &before, &notes.reshaped)
                     .map_err(|e| own(&e))?
                     .map_err(ApplyError::Statement)?;
-                for table in changed {
-                    self.whole.insert(table, stamp);
-                }
-                writer.catalog = Arc::new(super::catalog::load(&writer.conn).map_err(|e| own(&e))?);
+                let catalog =
+                    super::catalog::load_warning_of(&writer.conn, |t| changed.contains(t));
+                writer.catalog = Arc::new(catalog.map_err(|e| own(&e))?);
+                self.whole.extend(changed.into_iter().map(|t| (t, stamp)));
                 guard.enter(limit);
             }
         }
