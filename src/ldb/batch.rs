@@ -76,6 +76,21 @@ impl<'w> Batch<'w> {
             .and_then(|mut s| s.execute([]))
             .map_err(error)?;
         writer.in_batch = true;
+        let found = match writer.stored_seq() {
+            Ok(found) => found,
+            Err(e) => {
+                let _ = writer.take_back();
+                return Err(LdbError::from_sqlite(&writer.path, "write", &e));
+            }
+        };
+        if found != writer.position.seq {
+            let _ = writer.take_back();
+            return Err(LdbError::Moved {
+                path: writer.path.clone(),
+                expected: writer.position.seq,
+                found,
+            });
+        }
         Ok(Batch {
             catalog_before: Arc::clone(&writer.catalog),
             from: writer.position.seq,

@@ -136,6 +136,15 @@ impl LdbWriter {
         Batch::begin(self)
     }
 
+    /// Where the file itself says that it stands.
+    pub(super) fn stored_seq(&self) -> rusqlite::Result<Seq> {
+        self.conn
+            .prepare_cached("SELECT seq FROM _ldb_seq WHERE id = 1")?
+            .query_row([], |row| row.get(0))
+            .optional()
+            .map(|seq| Seq::from_sql(seq.unwrap_or(0)))
+    }
+
     /// The gaps that may still fill, ascending, from `from` on: first and last sequence.
     pub fn gaps(&self, from: Seq, limit: u32) -> Result<Vec<(Seq, Seq)>, LdbError> {
         let read = || -> rusqlite::Result<Vec<(Seq, Seq)>> {
