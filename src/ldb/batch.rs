@@ -12,7 +12,7 @@ use std::time::Duration;
 use rusqlite::fallible_iterator::FallibleIterator;
 use rusqlite::{Connection, ErrorCode, params_from_iter};
 
-use super::authorizer::{Notes, may_read};
+use super::authorizer::{Notes, Reshape, may_read};
 use super::capture::Outcome;
 use super::overflow::{Fate, Stamp};
 use super::reshape::{self, Shape};
@@ -198,12 +198,16 @@ impl<'w> Batch<'w> {
             if !guard.is_plain() {
                 // SQLite compiles the statement anew when it runs, because the triggers that we
                 // create or drop here change the schema.
-                let notes = guard.take_notes();
+                let mut notes = guard.take_notes();
                 guard.leave();
                 for name in &notes.unknown {
                     if !may_read(&writer.conn, name).map_err(|e| own(&e))? {
                         return Err(refused(&format!("read the table {name}")));
                     }
+                }
+                if notes.reshapes == Some(Reshape::Create) {
+                    // A table that is there already stays as it is.
+                    notes.reshaped.clear();
                 }
                 if notes.reshapes.is_some() {
                     writer.disarm().map_err(|e| own(&e))?;

@@ -68,6 +68,32 @@ fn changes_are_captured_after_a_commit_failed() {
 }
 
 #[test]
+fn an_ldb_that_somebody_else_moves_is_not_written() {
+    let mut fixture = started();
+    let other = fixture.reader();
+    other.execute("UPDATE _ldb_seq SET seq = 5", []).unwrap();
+    let error = fixture.apply(&[ROW]).unwrap_err();
+    assert!(
+        matches!(error, ApplyError::Ldb(LdbError::Moved { .. })),
+        "{error}"
+    );
+    other.execute("UPDATE _ldb_seq SET seq = 2", []).unwrap();
+    check_row(&mut fixture);
+}
+
+#[test]
+fn creating_a_table_that_is_there_changes_nothing() {
+    let mut fixture = started();
+    let again = r#"CREATE TABLE IF NOT EXISTS app___limits ("id" INTEGER PRIMARY KEY)"#;
+    let changes = fixture.apply(&[LOST, again]).unwrap();
+    assert_eq!(changes.tables.len(), 1);
+    assert!(matches!(changes.tables[0].extent, Extent::Rows { .. }));
+    assert_eq!(changes.catalog, None);
+    let changes = fixture.apply(&[again]).unwrap();
+    assert!(changes.tables.is_empty(), "{:?}", changes.tables);
+}
+
+#[test]
 fn changes_are_captured_after_the_time_limit() {
     let endless = "WITH RECURSIVE c(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM c) \
                    INSERT INTO app___limits SELECT i, i FROM c";
