@@ -77,6 +77,9 @@ pub enum ConfigError {
     /// Durations of nothing.
     #[error("a duration of zero is not possible; write it like 10ms, 1s or 5m")]
     ZeroDuration,
+    /// Longer than makes sense.
+    #[error("a duration of more than a year is not possible; write it like 10ms, 1s or 5m")]
+    LongDuration,
     /// Not a size.
     #[error("{0:?} is not a size; write it like 512, 64KiB, 64MiB or 2GiB")]
     Size(String),
@@ -101,12 +104,18 @@ pub enum ConfigError {
     },
 }
 
-/// Reads a duration such as `10ms`, `1s` or `5m`; zero is refused.
+/// Times to come are computed from durations, and must not overflow.
+const MAX_DURATION: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// Reads a duration such as `10ms`, `1s` or `5m`; zero and more than a year are refused.
 pub fn duration(text: &str) -> Result<Duration, ConfigError> {
     let duration =
         humantime::parse_duration(text).map_err(|_| ConfigError::Duration(text.to_owned()))?;
     if duration.is_zero() {
         return Err(ConfigError::ZeroDuration);
+    }
+    if duration > MAX_DURATION {
+        return Err(ConfigError::LongDuration);
     }
     Ok(duration)
 }
@@ -253,7 +262,16 @@ mod tests {
     fn durations_read_as_people_write_them() {
         assert_eq!(duration("10ms").unwrap(), Duration::from_millis(10));
         assert_eq!(duration("5m").unwrap(), Duration::from_secs(300));
-        for bad in ["", "1", "ms", "0s", "-1s", "1 parsec"] {
+        for bad in [
+            "",
+            "1",
+            "ms",
+            "0s",
+            "-1s",
+            "1 parsec",
+            "400d",
+            "500000000000years",
+        ] {
             assert!(duration(bad).is_err(), "{bad:?} was accepted");
         }
         for default in [POLL_INTERVAL, CHECK_INTERVAL, STALE_AFTER] {

@@ -100,6 +100,8 @@ pub(super) struct Notes {
     pub(super) reshaped: Vec<String>,
     /// Tables it writes whose changes are not captured yet.
     pub(super) unarmed: Vec<String>,
+    /// What it reads no column of and names without a database: a subquery, or a table.
+    pub(super) unknown: Vec<String>,
 }
 
 /// How a statement changes the schema.
@@ -108,6 +110,24 @@ pub(super) enum Reshape {
     Create,
     Alter,
     Drop,
+}
+
+/// Whether a statement may read what [`Notes::unknown`] names: a subquery or a config table.
+pub(super) fn may_read(conn: &Connection, name: &str) -> rusqlite::Result<bool> {
+    let lower = name.to_ascii_lowercase();
+    // These tables are in no schema.
+    if lower.starts_with("sqlite_") || lower.starts_with("pragma_") {
+        return Ok(false);
+    }
+    conn.prepare_cached(
+        "SELECT name FROM main.sqlite_schema WHERE name = ?1 COLLATE NOCASE
+         UNION ALL SELECT name FROM temp.sqlite_schema WHERE name = ?1 COLLATE NOCASE
+         UNION ALL SELECT name FROM pragma_module_list WHERE name = ?1 COLLATE NOCASE",
+    )?
+    .query_map([name], |row| row.get::<_, String>(0))?
+    .try_fold(true, |all, found| {
+        Ok(all && TableRef::from_sql_name(&found?).is_some())
+    })
 }
 
 /// Holds a connection's authorizer and progress handler.
@@ -191,6 +211,7 @@ impl Guard {
         rules.notes.refused.is_none()
             && rules.notes.reshapes.is_none()
             && rules.notes.unarmed.is_empty()
+            && rules.notes.unknown.is_empty()
     }
 
     /// The changes of this table are captured.
@@ -259,11 +280,15 @@ impl Rules {
                 table_name,
                 column_name,
             } => {
-                // A subquery of which no column is used is told as a table of no database.
-                let subquery = column_name.is_empty() && context.database_name.is_none();
-                let allowed = subquery
-                    || (main && self.is_config(table_name))
+                let allowed = (main && self.is_config(table_name))
                     || (SCHEMA_TABLES.contains(&table_name) && self.reads_schema(column_name));
+                if !allowed && column_name.is_empty() && context.database_name.is_none() {
+                    // What is read without using a column is told under the name that the
+                    // statement gives it. Only the schema, which cannot be read from here, tells
+                    // a subquery from a table.
+                    self.notes.unknown.push(table_name.to_owned());
+                    return None;
+                }
                 (!allowed).then(|| format!("read the table {table_name}"))
             }
             AuthAction::Insert { table_name }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rusqlite::fallible_iterator::FallibleIterator;
 use rusqlite::{Connection, ErrorCode, params_from_iter};
 
-use super::authorizer::Notes;
+use super::authorizer::{Notes, Reshape, may_read};
 use super::capture::Outcome;
 use super::overflow::{Fate, Stamp};
 use super::reshape::{self, Shape};
@@ -61,11 +61,12 @@ pub struct Batch<'w> {
 
 impl<'w> Batch<'w> {
     pub(super) fn begin(writer: &'w mut LdbWriter) -> Result<Self, LdbError> {
-        let error = |e| LdbError::from_sqlite(&writer.path, "write", &e);
-        if !writer.conn.is_autocommit() {
-            // Left over from a rollback that failed.
-            writer.conn.execute_batch("ROLLBACK").map_err(error)?;
+        if writer.in_batch {
+            // Left over from a batch that could not be taken back.
+            let taken = writer.take_back();
+            taken.map_err(|e| LdbError::from_sqlite(&writer.path, "write", &e))?;
         }
+        let error = |e| LdbError::from_sqlite(&writer.path, "write", &e);
         if writer.guard.armed() > MAX_ARMED {
             writer.disarm().map_err(error)?;
         }
@@ -74,6 +75,22 @@ impl<'w> Batch<'w> {
             .prepare_cached("BEGIN IMMEDIATE")
             .and_then(|mut s| s.execute([]))
             .map_err(error)?;
+        writer.in_batch = true;
+        let found = match writer.stored_seq() {
+            Ok(found) => found,
+            Err(e) => {
+                let _ = writer.take_back();
+                return Err(LdbError::from_sqlite(&writer.path, "write", &e));
+            }
+        };
+        if found != writer.position.seq {
+            let _ = writer.take_back();
+            return Err(LdbError::Moved {
+                path: writer.path.clone(),
+                expected: writer.position.seq,
+                found,
+            });
+        }
         Ok(Batch {
             catalog_before: Arc::clone(&writer.catalog),
             from: writer.position.seq,
@@ -181,8 +198,17 @@ impl<'w> Batch<'w> {
             if !guard.is_plain() {
                 // SQLite compiles the statement anew when it runs, because the triggers that we
                 // create or drop here change the schema.
-                let notes = guard.take_notes();
+                let mut notes = guard.take_notes();
                 guard.leave();
+                for name in &notes.unknown {
+                    if !may_read(&writer.conn, name).map_err(|e| own(&e))? {
+                        return Err(refused(&format!("read the table {name}")));
+                    }
+                }
+                if notes.reshapes == Some(Reshape::Create) {
+                    // A table that is there already stays as it is.
+                    notes.reshaped.clear();
+                }
                 if notes.reshapes.is_some() {
                     writer.disarm().map_err(|e| own(&e))?;
                     for name in &notes.reshaped {
@@ -200,16 +226,17 @@ impl<'w> Batch<'w> {
             while rows.next().map_err(|e| judge(&e))?.is_some() {}
             drop(rows);
             drop(statement);
+            // Those of having compiled it anew.
+            let _ = guard.take_notes();
             if let Some((before, notes)) = shape {
-                let _ = guard.take_notes();
                 guard.leave();
                 let changed = reshape::follow(&writer.conn, &before, &notes.reshaped)
                     .map_err(|e| own(&e))?
                     .map_err(ApplyError::Statement)?;
-                for table in changed {
-                    self.whole.insert(table, stamp);
-                }
-                writer.catalog = Arc::new(super::catalog::load(&writer.conn).map_err(|e| own(&e))?);
+                let catalog =
+                    super::catalog::load_warning_of(&writer.conn, |t| changed.contains(t));
+                writer.catalog = Arc::new(catalog.map_err(|e| own(&e))?);
+                self.whole.extend(changed.into_iter().map(|t| (t, stamp)));
                 guard.enter(limit);
             }
         }
@@ -312,6 +339,7 @@ impl<'w> Batch<'w> {
         if let Err(e) = committed {
             return Err(self.ldb_error(&e));
         }
+        self.writer.in_batch = false;
         self.writer.position = position;
         self.writer.capture.reset();
         self.catalog_before = Arc::clone(&self.writer.catalog);
@@ -329,15 +357,9 @@ impl<'w> Batch<'w> {
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
-        if self.writer.conn.is_autocommit() && self.last.is_none() && !self.broken {
-            return;
-        }
-        if !self.writer.conn.is_autocommit() {
+        if self.writer.in_batch {
             // If it fails the next batch tries again before it begins.
-            let _ = self.writer.conn.execute_batch("ROLLBACK");
-            // The rollback has taken the triggers of this batch away.
-            let _ = self.writer.disarm();
-            self.writer.capture.reset();
+            let _ = self.writer.take_back();
         }
         self.writer.catalog = Arc::clone(&self.catalog_before);
     }
@@ -379,6 +401,22 @@ impl LdbWriter {
             }
             self.guard.arm(name.clone());
         }
+        Ok(())
+    }
+
+    /// Takes back a batch that was not committed, with all that is kept beside the database.
+    ///
+    /// SQLite may have rolled back on its own already: at a full disk, when it was interrupted, at
+    /// a COMMIT that failed, for `INSERT OR ROLLBACK`. That took away the triggers of this batch,
+    /// so nothing counts as captured from here on.
+    fn take_back(&mut self) -> rusqlite::Result<()> {
+        self.capture.reset();
+        let _ = self.guard.take_notes();
+        if !self.conn.is_autocommit() {
+            self.conn.execute_batch("ROLLBACK")?;
+        }
+        self.disarm()?;
+        self.in_batch = false;
         Ok(())
     }
 
@@ -464,6 +502,12 @@ fn write_table(conn: &Connection, table: &TableRef, last: Stamp) -> rusqlite::Re
     Ok(())
 }
 
+fn refused(what: &str) -> ApplyError {
+    ApplyError::Statement(format!(
+        "it would {what}; ledger statements may only change rows and shapes of config tables"
+    ))
+}
+
 /// What an error of a ledger statement means.
 fn judge(
     error: &rusqlite::Error,
@@ -472,9 +516,7 @@ fn judge(
     limit: Duration,
 ) -> ApplyError {
     if let Some(what) = guard.take_notes().refused {
-        return ApplyError::Statement(format!(
-            "it would {what}; ledger statements may only change rows and shapes of config tables"
-        ));
+        return refused(&what);
     }
     match error.sqlite_error_code() {
         Some(ErrorCode::OperationInterrupted) if guard.is_stopped() => ApplyError::Stopped,
@@ -497,24 +539,48 @@ fn judge(
     }
 }
 
-/// SQLite's message without pieces of the statement, which may be values.
+/// SQLite's message if it holds names only; others may hold pieces of the statement, or values.
 fn redact(error: &rusqlite::Error) -> String {
+    const SAFE: [&str; 14] = [
+        "no such table: ",
+        "no such function: ",
+        "table ",
+        "UNIQUE constraint failed: ",
+        "NOT NULL constraint failed: ",
+        "CHECK constraint failed: ",
+        "duplicate column name: ",
+        "cannot ",
+        "Cannot ",
+        "datatype mismatch",
+        "string or blob too big",
+        "too many ",
+        "error in table ",
+        "all VALUES must have the same number of terms",
+    ];
     let message = message_of(error);
+    let counts = message.ends_with(" columns") && message.contains(" values for ");
+    if counts || SAFE.iter().any(|start| message.starts_with(start)) {
+        return message;
+    }
     let at = match error {
         rusqlite::Error::SqlInputError { offset, .. } if *offset >= 0 => {
             format!(" at byte {offset} of the statement")
         }
         _ => String::new(),
     };
-    for (start, kind) in [
+    let known = [
         ("near ", "a syntax error"),
         ("unrecognized token", "a syntax error"),
         ("no such column", "no such column"),
         ("incomplete input", "the statement is incomplete"),
-    ] {
-        if message.starts_with(start) {
-            return format!("{kind}{at}");
-        }
+    ];
+    let kind = known.iter().find(|(start, _)| message.starts_with(start));
+    match (kind, error.sqlite_error()) {
+        (Some((_, kind)), _) => format!("{kind}{at}"),
+        (None, Some(code)) => format!(
+            "SQLite refuses it{at} (error {}); its message may hold values and is not shown",
+            code.extended_code
+        ),
+        (None, None) => format!("it cannot be run{at}"),
     }
-    message
 }

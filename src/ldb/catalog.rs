@@ -8,12 +8,21 @@ use crate::model::{Catalog, Field, FieldName, FieldType, Table, TableRef, TableS
 /// The config tables of the LDB. A table that cannot be shown (no usable primary key, field names
 /// that are none, no rowids) is left out with a warning.
 pub fn load(conn: &Connection) -> rusqlite::Result<Catalog> {
+    load_warning_of(conn, |_| true)
+}
+
+/// As [`load`], with warnings of those tables only for which `news` holds.
+pub(super) fn load_warning_of(
+    conn: &Connection,
+    news: impl Fn(&TableRef) -> bool,
+) -> rusqlite::Result<Catalog> {
     let names = config_tables(conn)?;
     let mut tables = Vec::with_capacity(names.len());
     for name in names {
         match load_table(conn, &name)? {
             Ok(table) => tables.push(table),
-            Err(why) => warn!(table = %name, "the table is left out: {why}"),
+            Err(why) if news(&name) => warn!(table = %name, "the table is left out: {why}"),
+            Err(_) => {}
         }
     }
     Ok(tables.into_iter().collect())

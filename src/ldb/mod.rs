@@ -31,6 +31,8 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
+use crate::model::Seq;
+
 pub use batch::{ApplyError, Batch};
 pub use writer::{Digest, LdbWriter, Position, statement_digest};
 
@@ -89,6 +91,20 @@ pub enum LdbError {
         path: PathBuf,
         /// What was being done.
         action: &'static str,
+    },
+    /// Its position is not where its writer left it.
+    #[error(
+        "cannot write the LDB {}: it stands at entry {found}, but ctlfs left it at {expected}; \
+         stop the other process that writes it, then mount again",
+        path.display()
+    )]
+    Moved {
+        /// The file.
+        path: PathBuf,
+        /// The position of the last commit.
+        expected: Seq,
+        /// The position in the file.
+        found: Seq,
     },
     /// Missing, not permitted, or failing.
     #[error(

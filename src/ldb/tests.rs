@@ -12,6 +12,7 @@ mod canonical;
 mod capture;
 mod guard;
 mod open;
+mod rollback;
 
 /// An LDB in a directory of its own.
 struct Fixture {

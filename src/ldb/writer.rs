@@ -56,6 +56,8 @@ pub struct LdbWriter {
     pub(super) catalog: Arc<Catalog>,
     pub(super) position: Position,
     pub(super) statement_limit: Duration,
+    /// Whether a batch was begun that is neither committed nor taken back.
+    pub(super) in_batch: bool,
     ready: bool,
 }
 
@@ -85,6 +87,7 @@ impl LdbWriter {
             catalog: Arc::new(catalog),
             position,
             statement_limit: Duration::from_secs(60),
+            in_batch: false,
             ready,
         })
     }
@@ -131,6 +134,15 @@ impl LdbWriter {
     /// Begins a batch: one SQLite transaction.
     pub fn begin(&mut self) -> Result<Batch<'_>, LdbError> {
         Batch::begin(self)
+    }
+
+    /// Where the file itself says that it stands.
+    pub(super) fn stored_seq(&self) -> rusqlite::Result<Seq> {
+        self.conn
+            .prepare_cached("SELECT seq FROM _ldb_seq WHERE id = 1")?
+            .query_row([], |row| row.get(0))
+            .optional()
+            .map(|seq| Seq::from_sql(seq.unwrap_or(0)))
     }
 
     /// The gaps that may still fill, ascending, from `from` on: first and last sequence.

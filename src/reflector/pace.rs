@@ -8,7 +8,7 @@ use std::time::Duration;
 pub(super) fn jitter(base: Duration, random: u64) -> Duration {
     // 0 to 500 of 1,000, on top of three quarters.
     let spread = u32::try_from(random % 501).unwrap_or(0);
-    (base * 3 / 4).saturating_add(base * spread / 1000)
+    (base.saturating_mul(3) / 4).saturating_add(base.saturating_mul(spread) / 1000)
 }
 
 /// A number that differs from call to call and from process to process.
@@ -50,6 +50,7 @@ mod tests {
         for random in [0, 250, 500, 501, u64::MAX] {
             let wait = jitter(base, random);
             assert!(wait >= base * 3 / 4 && wait <= base * 5 / 4, "{wait:?}");
+            jitter(Duration::MAX, random);
         }
     }
 

@@ -22,7 +22,7 @@ const GAP_SPAN: u64 = 1_000;
 
 /// Replays a ledger into an LDB.
 pub struct Reflector {
-    origin: Box<dyn Origin>,
+    source: Source,
     writer: LdbWriter,
     observer: Box<dyn CommitObserver>,
     board: Arc<StatusBoard>,
@@ -34,8 +34,14 @@ pub struct Reflector {
     unfinished: u32,
     /// Where the next look at the gaps begins.
     gap_cursor: Seq,
-    asked_last: Option<Instant>,
     caught_up: bool,
+}
+
+/// The origin, with what the board shows of it.
+struct Source {
+    origin: Box<dyn Origin>,
+    board: Arc<StatusBoard>,
+    asked_last: Option<Instant>,
 }
 
 /// What one step of the reflector came to.
@@ -115,7 +121,11 @@ impl Reflector {
             p.late = late;
         });
         Reflector {
-            origin,
+            source: Source {
+                origin,
+                board: Arc::clone(&board),
+                asked_last: None,
+            },
             writer,
             observer,
             board,
@@ -124,7 +134,6 @@ impl Reflector {
             queued_bytes: 0,
             unfinished: 0,
             gap_cursor: Seq::ZERO,
-            asked_last: None,
             caught_up: false,
         }
     }
@@ -138,7 +147,7 @@ impl Reflector {
     pub fn run(&mut self, stop: &StopHandle) {
         self.writer.stop_on(stop.flag());
         info!(
-            origin = %self.origin.describe(),
+            origin = %self.source.origin.describe(),
             position = %self.writer.position().seq,
             "following the ledger"
         );
@@ -234,8 +243,9 @@ impl Reflector {
             }
             Head::Unfinished(begin) => {
                 if self.queued_bytes > self.settings.transaction_bytes {
-                    if self.stream(stop)? {
-                        return Ok(Step::Applied);
+                    match self.stream(stop)? {
+                        Step::Waiting => {}
+                        done => return Ok(done),
                     }
                 } else if self.fetch()? > 0 {
                     return Ok(Step::Fetched);
@@ -258,7 +268,7 @@ impl Reflector {
             Some(last) => anchor(last),
             None => self.writer.position().clone(),
         };
-        let mut entries = self.fetch_behind(&anchor)?;
+        let mut entries = self.source.fetch(&anchor)?;
         let count = entries.len();
         let bytes: usize = entries.iter().map(|e| e.statement.len()).sum();
         self.queued_bytes = self.queued_bytes.saturating_add(bytes);
@@ -270,103 +280,74 @@ impl Reflector {
         Ok(count)
     }
 
-    fn fetch_behind(&mut self, anchor: &Position) -> Result<Vec<Entry>, Obstacle> {
-        let mut entries = self.origin.fetch(anchor.seq)?;
-        self.board
-            .update(|p| p.last_contact = Some(SystemTime::now()));
-        continues(anchor, &mut entries).map_err(|reason| Obstacle::ledger(anchor.seq, reason))?;
-        if let Some(last) = entries.last() {
-            self.note_last(last.seq)?;
-        }
-        Ok(entries)
-    }
-
-    /// Tells the board how far the origin is, now and then asking for it while catching up.
-    fn note_last(&mut self, seen: Seq) -> Result<(), Obstacle> {
-        let asked = self.asked_last.get_or_insert_with(|| {
-            // The first answer is due at once.
-            Instant::now()
-                .checked_sub(Duration::from_secs(5))
-                .unwrap_or_else(Instant::now)
-        });
-        let mut last = seen;
-        if asked.elapsed() >= Duration::from_secs(2) {
-            *asked = Instant::now();
-            last = self.origin.last_seq()?.unwrap_or(seen).max(seen);
-        }
-        self.board
-            .update(|p| p.origin_last = p.origin_last.max(Some(last)));
-        Ok(())
-    }
-
     /// Applies and commits the first `count` entries of the queue; if one fails, what comes before
     /// its ledger transaction.
     fn apply(&mut self, count: usize) -> Result<Step, Obstacle> {
-        let mut batch = self.writer.begin()?;
-        let mut failure = None;
-        for (index, entry) in self.queue.iter().take(count).enumerate() {
-            if let Err(e) = batch.apply(entry) {
-                failure = Some((index, e));
-                break;
-            }
-        }
-        let Some((index, error)) = failure else {
-            commit(batch, &mut *self.observer)?;
-            self.applied(count);
+        let Some((index, error)) = self.apply_head(count)? else {
             return Ok(Step::Applied);
         };
-        batch.rollback();
         if error == ApplyError::Stopped {
             return Ok(Step::Stopped);
         }
         let obstacle = self.obstacle(index, error);
         let start = transaction_start(&self.queue, index);
         if start > 0 && obstacle.kind != ProblemKind::Storage {
-            let mut batch = self.writer.begin()?;
-            for (index, entry) in self.queue.iter().take(start).enumerate() {
-                if let Err(error) = batch.apply(entry) {
-                    batch.rollback();
-                    return Err(self.obstacle(index, error));
-                }
+            match self.apply_head(start)? {
+                None => {}
+                Some((_, ApplyError::Stopped)) => return Ok(Step::Stopped),
+                Some((index, error)) => return Err(self.obstacle(index, error)),
             }
-            commit(batch, &mut *self.observer)?;
-            self.applied(start);
         }
         Err(obstacle)
     }
 
-    /// Applies a ledger transaction that is too large for the queue while it is fetched. Returns
-    /// whether it came to its end; if not, nothing of it is applied, and the queue holds its
-    /// beginning again.
-    fn stream(&mut self, stop: &StopHandle) -> Result<bool, Obstacle> {
+    /// Applies and commits the first `count` entries of the queue, or none of them; then returns
+    /// which one failed.
+    fn apply_head(&mut self, count: usize) -> Result<Option<(usize, ApplyError)>, Obstacle> {
+        let mut batch = self.writer.begin()?;
+        for (index, entry) in self.queue.iter().take(count).enumerate() {
+            if let Err(error) = batch.apply(entry) {
+                return Ok(Some((index, error)));
+            }
+        }
+        commit(batch, &mut *self.observer)?;
+        self.applied(count);
+        Ok(None)
+    }
+
+    /// Applies a ledger transaction that is too large for the queue while it is fetched. Unless
+    /// it came to its end nothing of it is applied, and the queue holds its beginning still.
+    fn stream(&mut self, stop: &StopHandle) -> Result<Step, Obstacle> {
         let mut anchor = match self.queue.back() {
             Some(last) => anchor(last),
-            None => return Ok(false),
+            None => return Ok(Step::Waiting),
         };
         let mut applied = 0usize;
         let mut entries: Vec<Entry> = Vec::new();
         let mut batch = self.writer.begin()?;
         for entry in &self.queue {
-            if let Err(error) = batch.apply(entry) {
-                return Err(failed(entry, error));
+            match batch.apply(entry) {
+                Ok(()) => {}
+                Err(ApplyError::Stopped) => return Ok(Step::Stopped),
+                Err(error) => return Err(failed(entry, error)),
             }
             applied += 1;
         }
         while batch.open_transaction().is_some() {
             if stop.is_stopped() {
-                return Ok(false);
+                return Ok(Step::Stopped);
             }
-            entries = self.origin.fetch(anchor.seq)?;
-            continues(&anchor, &mut entries)
-                .map_err(|reason| Obstacle::ledger(anchor.seq, reason))?;
+            entries = self.source.fetch(&anchor)?;
             let Some(last) = entries.last() else {
-                return Ok(false);
+                return Ok(Step::Waiting);
             };
             anchor = self::anchor(last);
             let mut used = 0;
             for entry in &entries {
-                if let Err(error) = batch.apply(entry) {
-                    return Err(failed(entry, error));
+                match batch.apply(entry) {
+                    Ok(()) => {}
+                    Err(ApplyError::Stopped) => return Ok(Step::Stopped),
+                    Err(error) => return Err(failed(entry, error)),
                 }
                 used += 1;
                 if batch.open_transaction().is_none() {
@@ -381,7 +362,7 @@ impl Reflector {
         self.queued_bytes = entries.iter().map(|e| e.statement.len()).sum();
         self.queue = entries.into();
         self.count_applied(applied);
-        Ok(true)
+        Ok(Step::Applied)
     }
 
     /// The first `count` entries of the queue are committed.
@@ -448,7 +429,7 @@ impl Reflector {
             .collect();
         let last = near.last().map_or(first, |(_, last)| *last);
         self.gap_cursor = last.next();
-        let found = self.origin.seqs_between(first, last)?;
+        let found = self.source.origin.seqs_between(first, last)?;
         let known = self.writer.late()?;
         let late: Vec<Seq> = found
             .into_iter()
@@ -477,7 +458,7 @@ impl Reflector {
         self.queued_bytes = 0;
     }
 
-    /// Puts a problem on the board; into the log only when it is a new one.
+    /// Puts a problem on the board; into the log only when it is a new one, or has another reason.
     fn report(&self, obstacle: Obstacle) {
         let mut new = true;
         let mut shown = None;
@@ -492,7 +473,7 @@ impl Reflector {
             if let Some(old) = &p.problem
                 && (old.kind, old.seq) == (problem.kind, problem.seq)
             {
-                new = false;
+                new = old.reason != problem.reason;
                 problem.since = old.since;
             }
             shown = Some(problem.clone());
@@ -520,6 +501,38 @@ impl Reflector {
         if let Some(problem) = was {
             info!(kind = ?problem.kind, "following the ledger again");
         }
+    }
+}
+
+impl Source {
+    /// The entries behind `anchor`, which must be there still.
+    fn fetch(&mut self, anchor: &Position) -> Result<Vec<Entry>, Obstacle> {
+        let mut entries = self.origin.fetch(anchor.seq)?;
+        self.board
+            .update(|p| p.last_contact = Some(SystemTime::now()));
+        continues(anchor, &mut entries).map_err(|reason| Obstacle::ledger(anchor.seq, reason))?;
+        if let Some(last) = entries.last() {
+            self.note_last(last.seq)?;
+        }
+        Ok(entries)
+    }
+
+    /// Tells the board how far the origin is, now and then asking for it while catching up.
+    fn note_last(&mut self, seen: Seq) -> Result<(), Obstacle> {
+        let asked = self.asked_last.get_or_insert_with(|| {
+            // The first answer is due at once.
+            Instant::now()
+                .checked_sub(Duration::from_secs(5))
+                .unwrap_or_else(Instant::now)
+        });
+        let mut last = seen;
+        if asked.elapsed() >= Duration::from_secs(2) {
+            *asked = Instant::now();
+            last = self.origin.last_seq()?.unwrap_or(seen).max(seen);
+        }
+        self.board
+            .update(|p| p.origin_last = p.origin_last.max(Some(last)));
+        Ok(())
     }
 }
 

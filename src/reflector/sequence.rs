@@ -8,12 +8,20 @@ use crate::ledger::{BEGIN_MARKER, COMMIT_MARKER, Entry};
 use crate::model::Seq;
 
 /// Checks that entries fetched from `position` on, that one included, continue there, and takes
-/// the entry at the position away. `last` is the ledger's last sequence, asked for when there is
-/// nothing at or behind the position. The error is a sentence for the person who is paged.
+/// the entry at the position away. The error is a sentence for the person who is paged.
 pub(super) fn continues(position: &Position, entries: &mut Vec<Entry>) -> Result<(), String> {
     let at = position.seq;
     if at == Seq::ZERO {
-        return Ok(());
+        return match entries.first() {
+            Some(first) if first.seq > at.next() && !may_be_first(&first.statement) => {
+                Err(format!(
+                    "the beginning of the ledger was cut off: its first entry is {}, and that \
+                     does not create a table; start from a copy of an LDB that is further",
+                    first.seq
+                ))
+            }
+            _ => Ok(()),
+        };
     }
     match entries.first() {
         None => Err(format!(
@@ -38,6 +46,14 @@ pub(super) fn continues(position: &Position, entries: &mut Vec<Entry>) -> Result
             first.seq
         )),
     }
+}
+
+/// Whether a ledger can begin like this: nothing else can come before the first table. Sequences
+/// alone do not tell, as a writer that fails uses one up.
+fn may_be_first(statement: &str) -> bool {
+    let mut words = statement.split_ascii_whitespace();
+    let mut next_is = |word: &str| words.next().is_some_and(|w| w.eq_ignore_ascii_case(word));
+    statement.trim() == BEGIN_MARKER || (next_is("CREATE") && next_is("TABLE"))
 }
 
 /// What [`whole_transactions`] found at the head of a queue.
@@ -150,7 +166,30 @@ mod tests {
         assert!(check(&at(Some("y")), &[5, 6]).is_err());
         assert!(check(&at(Some("x")), &[7]).is_err());
         assert!(check(&at(Some("x")), &[]).is_err());
-        assert_eq!(check(&Position::default(), &[42]), Ok(1));
+        assert_eq!(check(&Position::default(), &[1]), Ok(1));
+        assert!(check(&Position::default(), &[42]).is_err());
         assert_eq!(check(&Position::default(), &[]), Ok(0));
+    }
+
+    #[test]
+    fn a_ledger_without_its_beginning_is_refused() {
+        let check = |statement: &str| {
+            let mut entries = vec![entry(42, statement)];
+            continues(&Position::default(), &mut entries)
+        };
+        for first in [
+            "--- BEGIN",
+            "CREATE TABLE app___a (...)",
+            " create\ttable x",
+        ] {
+            assert_eq!(check(first), Ok(()), "{first}");
+        }
+        for later in ["--- COMMIT", "REPLACE INTO app___a", "ALTER TABLE x", ""] {
+            let reason = check(later).unwrap_err();
+            assert!(
+                reason.contains("cut off") && reason.contains("42"),
+                "{reason}"
+            );
+        }
     }
 }

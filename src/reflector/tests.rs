@@ -23,6 +23,10 @@ struct State {
     /// How many entries an answer has at most; 0 for all.
     limit: usize,
     fetches: usize,
+    /// Called at each fetch with its number.
+    at_fetch: Option<Box<dyn FnMut(usize) + Send>>,
+    /// What [`Origin::seqs_between`] was asked for.
+    looks: Vec<(u64, u64)>,
 }
 
 impl Ledger {
@@ -76,6 +80,9 @@ impl Origin for Ledger {
     fn fetch(&mut self, from: Seq) -> Result<Vec<Entry>, OriginError> {
         self.answer(|s| {
             s.fetches += 1;
+            if let Some(at_fetch) = &mut s.at_fetch {
+                at_fetch(s.fetches);
+            }
             let limit = if s.limit == 0 { usize::MAX } else { s.limit };
             let entries = s.entries.iter().filter(|e| e.seq >= from);
             entries.take(limit).cloned().collect()
@@ -88,6 +95,7 @@ impl Origin for Ledger {
 
     fn seqs_between(&mut self, first: Seq, last: Seq) -> Result<Vec<Seq>, OriginError> {
         self.answer(|s| {
+            s.looks.push((first.get(), last.get()));
             let seqs = s.entries.iter().map(|e| e.seq);
             seqs.filter(|seq| (first..=last).contains(seq)).collect()
         })
@@ -386,6 +394,80 @@ fn an_entry_that_appears_late_is_reported() {
     assert_eq!(fixture.board.progress().late, [Seq::new(4), Seq::new(8)]);
     fixture.restart();
     assert_eq!(fixture.board.progress().late, [Seq::new(4), Seq::new(8)]);
+}
+
+#[test]
+fn gaps_far_apart_are_not_looked_at_at_once() {
+    let ledger = Ledger::with(&[LIMITS, &set(1, 0)]);
+    ledger.put(4, BUMP);
+    ledger.put(9_000, BUMP);
+    ledger.put(9_002, BUMP);
+    let mut fixture = Fixture::new(ledger.clone());
+    for _ in 0..4 {
+        fixture.catch_up().unwrap();
+    }
+    let looks = ledger.state(|s| std::mem::take(&mut s.looks));
+    assert_eq!(looks, [(3, 3), (5, 8_999), (9_001, 9_001)]);
+}
+
+#[test]
+fn contact_is_noted_within_a_large_transaction() {
+    let ledger = Ledger::with(&[LIMITS, BEGIN]);
+    for i in 0..6 {
+        ledger.append(&[&set(i, 0)]);
+    }
+    ledger.append(&[COMMIT]);
+    ledger.state(|s| s.limit = 3);
+    let settings = Settings {
+        batch_entries: 1,
+        transaction_bytes: 0,
+        ..Settings::default()
+    };
+    let mut fixture = Fixture::with(ledger.clone(), settings);
+    let board = Arc::clone(&fixture.board);
+    let contacts = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&contacts);
+    ledger.state(|s| {
+        s.at_fetch = Some(Box::new(move |_| {
+            seen.lock().unwrap().push(board.progress().last_contact);
+            board.update(|p| p.last_contact = None);
+        }));
+    });
+    fixture.catch_up().unwrap();
+    let contacts = contacts.lock().unwrap();
+    assert!(contacts.len() > 4, "{contacts:?}");
+    assert!(
+        contacts.iter().skip(1).all(Option::is_some),
+        "a fetch that was not noted: {contacts:?}"
+    );
+}
+
+#[test]
+fn a_stop_within_a_statement_is_no_problem() {
+    let endless = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c) \
+                   INSERT INTO app___limits SELECT 1, count(*) FROM c";
+    for transaction_bytes in [0, 1 << 20] {
+        let ledger = Ledger::with(&[LIMITS, BEGIN, &set(1, 0), endless, COMMIT]);
+        ledger.state(|s| s.limit = 3);
+        let settings = Settings {
+            transaction_bytes,
+            ..Settings::default()
+        };
+        let mut fixture = Fixture::with(ledger.clone(), settings);
+        let stop = StopHandle::new();
+        let handle = stop.clone();
+        ledger.state(|s| {
+            s.at_fetch = Some(Box::new(move |number| {
+                if number == 2 {
+                    handle.stop();
+                }
+            }));
+        });
+        let reflector = fixture.reflector.as_mut().unwrap();
+        reflector.catch_up(&stop).unwrap();
+        assert_eq!(fixture.board.progress().problem, None);
+        assert_eq!(fixture.values(), "");
+    }
 }
 
 #[test]

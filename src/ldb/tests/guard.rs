@@ -101,6 +101,58 @@ fn statements_that_touch_more_than_config_tables_are_refused() {
 }
 
 #[test]
+fn tables_are_not_read_without_their_columns_either() {
+    let mut fixture = Fixture::with(&[FLAGS, LIMITS]);
+    // A table of somebody else's.
+    let other = "CREATE TABLE notes(a); INSERT INTO notes VALUES(1);";
+    fixture.writer.conn.execute_batch(other).unwrap();
+    for table in [
+        "_ctlfs_gaps",
+        "_CTLFS_GAPS",
+        "_ctlfs_rows___app___flags",
+        "_ldb_seq",
+        "notes",
+        "sqlite_schema",
+        "sqlite_temp_master",
+        "SQLite_Master",
+        "dbstat",
+        "pragma_table_list",
+        "pragma_table_info('app___flags')",
+        "json_each('[1]')",
+        "main._ctlfs_gaps",
+    ] {
+        for statement in [
+            format!("INSERT INTO app___limits SELECT 1, count(*) FROM {table}"),
+            format!("INSERT INTO app___limits SELECT 1, 1 WHERE EXISTS (SELECT 1 FROM {table})"),
+            format!(
+                "INSERT INTO app___limits SELECT 1, 1 WHERE NOT EXISTS (SELECT 1 FROM {table})"
+            ),
+            format!("CREATE TABLE app___copy AS SELECT 1 AS a FROM {table}"),
+            format!("UPDATE app___limits SET n = 1 FROM {table}"),
+            format!("SELECT 1; DELETE FROM app___limits WHERE (SELECT count(*) FROM {table})"),
+        ] {
+            match fixture.apply(&[statement.as_str()]) {
+                Err(ApplyError::Statement(_)) => {}
+                other => panic!("{statement}: {other:?}"),
+            }
+        }
+    }
+    assert_eq!(fixture.rows("SELECT * FROM app___limits"), [""; 0]);
+    for statement in [
+        "WITH c(i) AS (SELECT 7) INSERT INTO app___limits SELECT 1, count(*) FROM c",
+        "WITH c(i) AS (SELECT 7) UPDATE app___limits SET n = n + 1 WHERE EXISTS (SELECT 1 FROM c)",
+        "INSERT INTO app___limits SELECT 2, count(*) FROM (SELECT 1 UNION SELECT 2) AS s",
+        "INSERT INTO app___limits SELECT 3, count(*) FROM APP___FLAGS",
+    ] {
+        fixture.apply(&[statement]).unwrap();
+    }
+    assert_eq!(
+        fixture.rows("SELECT * FROM app___limits ORDER BY id"),
+        ["1|2", "2|2", "3|0"]
+    );
+}
+
+#[test]
 fn our_own_function_is_out_of_reach() {
     let mut fixture = Fixture::with(&[
         LIMITS,
@@ -172,6 +224,28 @@ fn statements_that_change_config_tables_pass() {
         fixture.rows("SELECT name FROM sqlite_schema WHERE name GLOB '_ctlfs_rows*' ORDER BY 1"),
         ["_ctlfs_rows___app___bounds", "_ctlfs_rows___app___flags"]
     );
+}
+
+#[test]
+fn values_do_not_show_in_errors() {
+    let mut fixture = Fixture::with(&[FLAGS, LIMITS]);
+    for statement in [
+        "UPDATE app___limits SET n = 0x1122334455667788990011",
+        "INSERT INTO app___limits SELECT 1, json_extract('{}', 'secret')",
+        "INSERT INTO app___flags(name) VALUES(json('secret'))",
+        "INSERT INTO app___flags(name) VALUES(secret)",
+        "INSERT INTO app___flags(name) VALUES('a' secret)",
+        "INSERT INTO app___limits SELECT 1, abs(-9223372036854775808)",
+    ] {
+        let reason = fixture.apply(&[statement]).unwrap_err().to_string();
+        assert!(
+            !reason.contains("secret") && !reason.contains("112233"),
+            "{reason}"
+        );
+    }
+    let statement = "INSERT INTO app___limits VALUES(1, 2), (1, 3)";
+    let reason = fixture.apply(&[statement]).unwrap_err().to_string();
+    assert_eq!(reason, "UNIQUE constraint failed: app___limits.id");
 }
 
 #[test]
