@@ -7,6 +7,7 @@
 use std::fmt::Write;
 
 use super::{BEGIN_MARKER, COMMIT_MARKER};
+use crate::hex;
 use crate::model::{Field, TableRef, TableSchema, Value};
 
 /// The longest head that [`head`] gives, in characters.
@@ -126,13 +127,8 @@ fn push_literal(out: &mut String, value: &Value) {
 }
 
 fn push_blob(out: &mut String, bytes: &[u8]) {
-    const HEX: &[u8; 16] = b"0123456789abcdef";
-    out.reserve(bytes.len() * 2 + 3);
     out.push_str("x'");
-    for byte in bytes {
-        out.push(char::from(HEX[usize::from(byte >> 4)]));
-        out.push(char::from(HEX[usize::from(byte & 15)]));
-    }
+    hex::push(out, bytes);
     out.push('\'');
 }
 
@@ -160,7 +156,8 @@ fn push_decimal(out: &mut String, value: f64) {
 }
 
 /// The beginning of a statement for a log or `status.json`, with every literal in quotes replaced
-/// by `'…'` or `x'…'`: at most [`MAX_HEAD`] characters, on one line. Numbers and names may stay.
+/// by `'…'` or `x'…'` and every number by `…`: at most [`MAX_HEAD`] characters, on one line. Names
+/// may stay.
 /// What follows a quote that is never closed is hidden, and so are comments: an apostrophe in one
 /// would turn the rest inside out.
 pub fn head(statement: &str) -> String {
@@ -170,11 +167,26 @@ pub fn head(statement: &str) -> String {
     }
     let mut out = Head::default();
     let mut rest = statement.chars().peekable();
+    // Whether the character before is part of a word, in which digits are no number.
+    let mut in_word = false;
     while let Some(c) = rest.next() {
         if out.is_full() {
             break;
         }
+        let was_in_word = in_word;
+        in_word = c.is_alphanumeric() || c == '_' || c == '$';
         match c {
+            c if c.is_ascii_digit() && !was_in_word => {
+                out.push('…');
+                let mut last = c;
+                while let Some(more) = rest.next_if(|&more| {
+                    more.is_ascii_alphanumeric()
+                        || matches!(more, '.' | '_')
+                        || (matches!(more, '+' | '-') && matches!(last, 'e' | 'E'))
+                }) {
+                    last = more;
+                }
+            }
             '\'' => {
                 out.push_str("'…'");
                 loop {
@@ -406,6 +418,7 @@ mod tests {
             let head = head(&replace(&table, &schema, &row));
             prop_assert!(head.chars().count() <= MAX_HEAD);
             prop_assert!(!head.contains('Q'), "{}", head);
+            prop_assert!(!head.contains(|c: char| c.is_ascii_digit()), "{}", head);
         }
 
         #[test]
@@ -433,12 +446,24 @@ mod tests {
             ("SELECT \"a b\", `c`, [d]", "SELECT \"…\", `c`, [d]"),
             ("--- BEGIN", "--- BEGIN"),
             (
+                "REPLACE INTO app2___t1a (\"k1\",v2) VALUES(48213,-0.25,1.5e-7,.5,0x1f)",
+                "REPLACE INTO app2___t1a (\"k1\",v2) VALUES(…,-…,…,.…,…)",
+            ),
+            (
+                "UPDATE t SET pin=48213 WHERE k='a'AND n>7",
+                "UPDATE t SET pin=… WHERE k='…'AND n>…",
+            ),
+            (
+                "CREATE TABLE t (a VARCHAR(191))",
+                "CREATE TABLE t (a VARCHAR(…))",
+            ),
+            (
                 "-- don't\nDELETE FROM t WHERE a='secret'",
                 "--… DELETE FROM t WHERE a='…'",
             ),
             (
                 "/* don't **/ DELETE FROM t WHERE a='secret'-1",
-                "/*…*/ DELETE FROM t WHERE a='…'-1",
+                "/*…*/ DELETE FROM t WHERE a='…'-…",
             ),
             (
                 "DELETE FROM t # don't\n; SELECT 'secret'",
