@@ -219,14 +219,6 @@ fn put_keeps_the_other_fields_and_delete_says_what_it_found() {
         assert_eq!(place.entries().len(), length);
         let both = executive.mutate(&[delete("a"), delete("a")]).unwrap();
         assert_eq!(both.effects, [Effect::Written, Effect::Missing]);
-        let clear = Mutation::Clear { table: table() };
-        let cleared = executive.mutate(std::slice::from_ref(&clear)).unwrap();
-        assert_eq!(cleared.effects, [Effect::Unchanged]);
-        let filled = executive
-            .mutate(&[upsert(&[("name", Value::text("z"))]), clear])
-            .unwrap();
-        assert_eq!(filled.effects, [Effect::Written, Effect::Written]);
-        assert_eq!(place.statements()[length + 3], "DELETE FROM app___flags");
     });
 }
 
@@ -247,8 +239,9 @@ fn mistakes_are_refused_before_anything_is_written() {
             executive.mutate(&[good.clone(), bad]).unwrap_err();
         }
         let other: TableRef = "app/nothing".parse().unwrap();
-        let missing = executive.mutate(&[Mutation::Clear {
+        let missing = executive.mutate(&[Mutation::Upsert {
             table: other.clone(),
+            values: values(&[("name", Value::text("x"))]),
         }]);
         assert!(matches!(missing, Err(ExecutiveError::NoTable(t)) if t == other));
         let again = executive.create_table(&table(), &flags());

@@ -277,11 +277,6 @@ impl Central for EmbeddedCentral {
         })
     }
 
-    fn has_rows(&mut self, table: &TableRef) -> Step<bool> {
-        let sql = format!("SELECT 1 FROM {} LIMIT 1", table.sql_name());
-        self.with(|db| db.prepare(&sql)?.exists([]))
-    }
-
     fn write(&mut self, statements: &[String]) -> Step<()> {
         self.with(|db| {
             for text in statements {
