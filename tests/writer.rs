@@ -532,6 +532,20 @@ fn the_embedded_ledger_is_private_and_only_init_creates_it() {
 }
 
 #[test]
+fn init_leaves_the_database_of_another_program_alone() {
+    let place = Place::Embedded(tempfile::tempdir().unwrap());
+    let Place::Embedded(dir) = &place else {
+        unreachable!()
+    };
+    place.run("CREATE TABLE bookmarks (url TEXT)");
+    let path = dir.path().join("ledger.db");
+    let before = std::fs::read(&path).unwrap();
+    let error = place.executive().init().unwrap_err().to_string();
+    assert!(error.contains("another program"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[test]
 fn wrong_origins_are_told_apart_and_never_show_the_password() {
     let database = mariadb::database();
     let fetch = |url: &str| {
