@@ -194,9 +194,32 @@ impl Document {
     }
 }
 
-/// The parser's message without the place, which stands in front of it already.
+/// The parser's message without the place, which stands in front of it already, and without values,
+/// of which only the kind is told.
 fn message(error: &serde_saphyr::Error) -> String {
-    let text = error.without_snippet().to_string();
+    use serde_saphyr::Error;
+
+    let error = error.without_snippet();
+    match error {
+        Error::AliasError { error, .. } => return message(error),
+        Error::SerdeInvalidType {
+            unexpected,
+            expected,
+            ..
+        }
+        | Error::SerdeInvalidValue {
+            unexpected,
+            expected,
+            ..
+        } => {
+            // As in `string "secret"` and "integer `7`".
+            let kind = unexpected.split(['"', '`']).next().unwrap_or("").trim();
+            return format!("expected {expected}, found {kind}");
+        }
+        Error::QuotingRequired { .. } => return "the value must be in quotes".into(),
+        _ => {}
+    }
+    let text = error.to_string();
     let text = match text.rfind(" at line ") {
         Some(at) => &text[..at],
         None => &text,
@@ -401,5 +424,30 @@ mod tests {
             assert!(error.to_string().starts_with("f.yaml:"), "{error}");
         }
         assert!(parse("").is_err());
+    }
+
+    #[test]
+    fn a_value_in_the_wrong_place_is_not_shown() {
+        let table = |text: &str| format!("families:\n  app:\n    tables:\n      t:\n{text}");
+        for text in [
+            table("        rows: [hunter2]\n"),
+            table("        rows: hunter2\n"),
+            table("        rows: \"a `hunter2\"\n"),
+            table("        rows: {a: hunter2}\n"),
+            table("        fields: hunter2\n"),
+            table("        rows: [{a: &x hunter2}, *x]\n"),
+            table("        rows:\n          - {a: \"hunter2}\n"),
+            table("        rows:\n          - a: hunter2\n            b: [hunter2: }\n"),
+            table("        rows:\n          - {a: !!int hunter2}\n"),
+            table("        rows:\n          - {a: !!float hunter2}\n"),
+            table("        rows:\n          - {a: !!bool hunter2}\n"),
+            table("        rows:\n          - {a: *hunter2}\n"),
+            "families: hunter2\n".to_owned(),
+            "hunter2\n".to_owned(),
+        ] {
+            if let Err(error) = parse(&text) {
+                assert!(!error.to_string().contains("hunter2"), "{error}");
+            }
+        }
     }
 }
