@@ -533,12 +533,10 @@ fn the_embedded_ledger_is_private_and_only_init_creates_it() {
 
 #[test]
 fn init_leaves_the_database_of_another_program_alone() {
-    let place = Place::Embedded(tempfile::tempdir().unwrap());
-    let Place::Embedded(dir) = &place else {
-        unreachable!()
-    };
-    place.run("CREATE TABLE bookmarks (url TEXT)");
+    let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ledger.db");
+    let place = Place::Embedded(dir);
+    place.run("CREATE TABLE bookmarks (url TEXT)");
     let before = std::fs::read(&path).unwrap();
     let error = place.executive().init().unwrap_err().to_string();
     assert!(error.contains("another program"), "{error}");

@@ -56,6 +56,9 @@ pub enum ApplyError {
     Executive(#[from] ExecutiveError),
 }
 
+/// The values of a row's fields.
+type Values = Vec<(FieldName, Value)>;
+
 /// A table of the document, compared with the origin.
 struct Prepared {
     table: TableRef,
@@ -63,7 +66,7 @@ struct Prepared {
     create: Option<TableSchema>,
     /// The fields to add.
     add: Vec<Field>,
-    rows: Vec<Vec<(FieldName, Value)>>,
+    rows: Vec<Values>,
 }
 
 /// Applies a document. `progress` is called after every transaction.
@@ -318,8 +321,8 @@ fn prepare_row(
     schema: &TableSchema,
     number: usize,
     row: At<RowPart>,
-) -> Result<(Vec<Value>, Vec<(FieldName, Value)>), DocumentError> {
-    let mut values: Vec<(FieldName, Value)> = Vec::with_capacity(row.value.0.len());
+) -> Result<(Vec<Value>, Values), DocumentError> {
+    let mut values = Values::with_capacity(row.value.0.len());
     for (name, node) in row.value.0 {
         let error = |line: u32, message: &str| {
             document.error(
