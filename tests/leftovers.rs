@@ -99,6 +99,22 @@ fn replay(place: &Place) -> rusqlite::Connection {
 }
 
 #[test]
+fn a_failed_ddl_leaves_no_trace() {
+    let place = place();
+    let mut executive = place.executive();
+    // Seven strings make a key of more bytes than InnoDB indexes.
+    let names: Vec<FieldName> = (0..7).map(|i| name(&format!("k{i}"))).collect();
+    let fields = names.iter().map(|n| Field {
+        name: n.clone(),
+        ty: FieldType::String,
+    });
+    let wide = TableSchema::new(fields.collect(), &names).unwrap();
+    executive.create_table(&table(), &wide).unwrap_err();
+    assert!(place.statements().is_empty());
+    assert_eq!(columns(&place), 0);
+}
+
+#[test]
 fn a_table_whose_ledger_entry_was_lost_is_made_again() {
     let place = place();
     let lost = unlucky(

@@ -194,32 +194,9 @@ impl Document {
     }
 }
 
-/// The parser's message without the place, which stands in front of it already, and without values,
-/// of which only the kind is told.
+/// The parser's message without the place, which stands in front of it already.
 fn message(error: &serde_saphyr::Error) -> String {
-    use serde_saphyr::Error;
-
-    let error = error.without_snippet();
-    match error {
-        Error::AliasError { error, .. } => return message(error),
-        Error::SerdeInvalidType {
-            unexpected,
-            expected,
-            ..
-        }
-        | Error::SerdeInvalidValue {
-            unexpected,
-            expected,
-            ..
-        } => {
-            // As in `string "secret"` and "integer `7`".
-            let kind = unexpected.split(['"', '`']).next().unwrap_or("").trim();
-            return format!("expected {expected}, found {kind}");
-        }
-        Error::QuotingRequired { .. } => return "the value must be in quotes".into(),
-        _ => {}
-    }
-    let text = error.to_string();
+    let text = error.without_snippet().to_string();
     let text = match text.rfind(" at line ") {
         Some(at) => &text[..at],
         None => &text,
