@@ -22,6 +22,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod executive;
+mod hex;
 pub mod ldb;
 pub mod ledger;
 pub mod model;

@@ -37,3 +37,29 @@ pub(crate) fn value_of(value: ValueRef<'_>) -> Value {
         ValueRef::Blob(bytes) => Value::Blob(bytes.to_vec()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use crate::model::LedgerTime;
+
+    #[test]
+    fn times_agree_with_sqlite() {
+        let db = Connection::open_in_memory().unwrap();
+        for days in (-700_000..2_900_000_i64).step_by(997) {
+            let text: String = db
+                .query_row(
+                    "SELECT datetime(?1 * 86400 + 45296, 'unixepoch')",
+                    [days],
+                    |r| r.get(0),
+                )
+                .unwrap();
+            assert_eq!(
+                LedgerTime::parse(text.as_bytes()).map(LedgerTime::micros),
+                Some((days * 86_400 + 45_296) * 1_000_000),
+                "{text}"
+            );
+        }
+    }
+}

@@ -138,7 +138,7 @@ fn mistakes_in_a_document_name_file_line_and_field() {
         (
             "enabled: true",
             "enabled: yes",
-            "flags.yaml:9: app/flags row 2, field \"enabled\": expected an integer, found \"yes\"",
+            "flags.yaml:9: app/flags row 2, field \"enabled\": expected an integer, found text",
         ),
         (
             "enabled: 9007199254740993",
@@ -161,6 +161,21 @@ fn mistakes_in_a_document_name_file_line_and_field() {
             "flags.yaml:11: app/flags row 3, field \"icon\": cannot read the file",
         ),
         ("!!binary AP8=", "{hex: 12}", "flags.yaml:11: "),
+        (
+            "name: third",
+            "name: new-checkout",
+            "flags.yaml:10: app/flags row 3 has the same key as the row on line 8; remove one of them",
+        ),
+        (
+            "  edge:\n",
+            "  APP:\n",
+            "flags.yaml:12: the family app stands on line 2 already",
+        ),
+        (
+            "weight: 100}]\n",
+            "weight: 100}]\n      ROUTES: {}\n",
+            "flags.yaml:18: the table edge/routes stands on line 14 already",
+        ),
         (
             "            icon:",
             "            icno:",
@@ -221,6 +236,27 @@ fn mistakes_in_a_document_name_file_line_and_field() {
         let error = apply(&origin, &FLAGS.replacen(find, replace, 1)).unwrap_err();
         assert!(error.starts_with(expected), "{error}");
     }
+}
+
+#[test]
+fn a_row_that_the_ledger_cannot_hold_is_found_before_anything_is_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let origin = embedded(&dir);
+    let before = statements(&origin);
+    // The field holds as much; the statement, in which quotes are doubled, does not.
+    let long = "''".repeat((8 << 20) - 1);
+    let error = apply(
+        &origin,
+        &FLAGS.replace("note: null", &format!("note: '{long}'")),
+    );
+    let error = error.unwrap_err();
+    assert!(
+        error.starts_with("flags.yaml:9: app/flags row 2: "),
+        "{:.200}",
+        error
+    );
+    assert!(error.contains("is too large"), "{error:.200}");
+    assert_eq!(statements(&origin), before);
 }
 
 #[test]

@@ -558,7 +558,7 @@ fn documents_with_mistakes_write_nothing() {
             ("key: [name]", "key: [name", ":7: "),
             ("  app:", "\tapp:", ":2: tabs"),
             ("  app:", "  app: 3", ":"),
-            (row, &twice, ":9: app/flags row 2 has the same key as row 1"),
+            (row, &twice, ":9: app/flags row 2 has the same key as the row on line 8"),
             (
                 "name: good",
                 &long,

@@ -5,11 +5,13 @@
 
 mod common;
 
+use std::time::SystemTime;
+
 use common::central::{Place, on_both};
 use common::mariadb;
 use ctlfs::executive::{Effect, Executive, ExecutiveError, Mutation};
 use ctlfs::ledger::{self, OriginError, OriginUrl};
-use ctlfs::model::{Field, FieldName, FieldType, Seq, TableRef, TableSchema, Value};
+use ctlfs::model::{Field, FieldName, FieldType, LedgerTime, Seq, TableRef, TableSchema, Value};
 use rusqlite::Connection;
 
 fn table() -> TableRef {
@@ -147,7 +149,7 @@ fn the_ledger_gets_the_exact_statements() {
                 .len(),
             3
         );
-        let now = ctlfs::model::LedgerTime::from(std::time::SystemTime::now()).micros();
+        let now = LedgerTime::from(SystemTime::now()).micros();
         for entry in &entries {
             assert!((entry.time.micros() - now).abs() < 60_000_000);
         }
@@ -219,14 +221,6 @@ fn put_keeps_the_other_fields_and_delete_says_what_it_found() {
         assert_eq!(place.entries().len(), length);
         let both = executive.mutate(&[delete("a"), delete("a")]).unwrap();
         assert_eq!(both.effects, [Effect::Written, Effect::Missing]);
-        let clear = Mutation::Clear { table: table() };
-        let cleared = executive.mutate(std::slice::from_ref(&clear)).unwrap();
-        assert_eq!(cleared.effects, [Effect::Unchanged]);
-        let filled = executive
-            .mutate(&[upsert(&[("name", Value::text("z"))]), clear])
-            .unwrap();
-        assert_eq!(filled.effects, [Effect::Written, Effect::Written]);
-        assert_eq!(place.statements()[length + 3], "DELETE FROM app___flags");
     });
 }
 
@@ -247,8 +241,9 @@ fn mistakes_are_refused_before_anything_is_written() {
             executive.mutate(&[good.clone(), bad]).unwrap_err();
         }
         let other: TableRef = "app/nothing".parse().unwrap();
-        let missing = executive.mutate(&[Mutation::Clear {
+        let missing = executive.mutate(&[Mutation::Upsert {
             table: other.clone(),
+            values: values(&[("name", Value::text("x"))]),
         }]);
         assert!(matches!(missing, Err(ExecutiveError::NoTable(t)) if t == other));
         let again = executive.create_table(&table(), &flags());
@@ -423,29 +418,8 @@ fn ledgers_made_by_ctlstore_are_read_and_written() {
         .unwrap();
     assert_eq!(outcome.seq, Some(Seq::new(11)));
     let last = place.entries().pop().unwrap();
-    let now = ctlfs::model::LedgerTime::from(std::time::SystemTime::now()).micros();
+    let now = LedgerTime::from(SystemTime::now()).micros();
     assert!((last.time.micros() - now).abs() < 60_000_000);
-}
-
-#[test]
-fn a_failed_ddl_leaves_no_trace() {
-    let database = mariadb::database();
-    let place = Place::MySql(database);
-    let mut executive = with_flags(&place);
-    let length = place.entries().len();
-    // Seven strings make a key of more bytes than InnoDB indexes.
-    let names: Vec<String> = (0..7).map(|i| format!("k{i}")).collect();
-    let fields: Vec<(&str, FieldType)> = names
-        .iter()
-        .map(|n| (n.as_str(), FieldType::String))
-        .collect();
-    let key: Vec<&str> = names.iter().map(String::as_str).collect();
-    let wide: TableRef = "app/wide".parse().unwrap();
-    executive
-        .create_table(&wide, &schema(&fields, &key))
-        .unwrap_err();
-    assert_eq!(place.entries().len(), length);
-    assert_eq!(executive.schema(&wide).unwrap(), None);
 }
 
 #[test]
@@ -536,6 +510,18 @@ fn the_embedded_ledger_is_private_and_only_init_creates_it() {
     }
     place.executive().init().unwrap();
     assert_eq!(origin.last_seq().unwrap(), None);
+}
+
+#[test]
+fn init_leaves_the_database_of_another_program_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.db");
+    let place = Place::Embedded(dir);
+    place.run("CREATE TABLE bookmarks (url TEXT)");
+    let before = std::fs::read(&path).unwrap();
+    let error = place.executive().init().unwrap_err();
+    assert!(error.to_string().contains("another program"));
+    assert_eq!(std::fs::read(&path).unwrap(), before);
 }
 
 #[test]

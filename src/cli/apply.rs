@@ -15,7 +15,7 @@ use crate::executive::{self, Applied, ApplyError, Document};
 /// Creates the families, tables and fields that are missing and makes every row what the file
 /// says; fields that a row of the file does not name become NULL. Rows and tables that the file
 /// does not name stay. The file is checked before anything is changed, and what is already so is
-/// not written again.
+/// not written again. A table lists a key once.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ApplyArgs {

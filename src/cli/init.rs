@@ -8,8 +8,8 @@ use super::origin::{OriginArgs, failed, say};
 /// Create the ledger's tables in a database, once
 ///
 /// The database itself must exist; for sqlite:// the file is created, readable by its owner only.
-/// Tables that are there stay as they are, those of a ctlstore executive too, so running it again
-/// changes nothing.
+/// A file that another program filled is refused. Tables that are there stay as they are, those of a
+/// ctlstore executive too, so running it again changes nothing.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct InitArgs {

@@ -9,6 +9,7 @@ use clap::Args;
 use super::Error;
 use super::origin::{OriginArgs, failed, say};
 use crate::executive::{Effect, Executive, ExecutiveError, Mutation, expected, unhex};
+use crate::hex;
 use crate::model::{Field, FieldName, FieldType, TableRef, TableSchema, Value};
 
 /// Change fields of one row, or add the row
@@ -205,9 +206,10 @@ fn from_json(ty: FieldType, text: &str) -> Result<Value, String> {
             Some(i) => Ok(Value::Integer(i)),
             None => found("another number"),
         },
-        (FieldType::Decimal, Json::Number(n)) => match n.as_f64() {
-            Some(d) => Ok(Value::Real(d)),
-            None => found("another number"),
+        // Not serde_json's own conversion, which may miss the nearest decimal by a little.
+        (FieldType::Decimal, Json::Number(_)) => match text.trim().parse() {
+            Ok(d) => Ok(Value::Real(d)),
+            Err(_) => found("another number"),
         },
         (FieldType::String | FieldType::Text, Json::String(s)) => Ok(Value::text(s)),
         (FieldType::Binary | FieldType::Bytestring, Json::String(s)) => {
@@ -235,9 +237,11 @@ pub(super) fn describe(
             Value::Integer(i) => i.to_string(),
             Value::Real(r) => r.to_string(),
             Value::Text(text) => format!("{:?}", String::from_utf8_lossy(text)),
-            Value::Blob(bytes) => bytes
-                .iter()
-                .fold("0x".to_owned(), |text, b| format!("{text}{b:02x}")),
+            Value::Blob(bytes) => {
+                let mut text = "0x".to_owned();
+                hex::push(&mut text, bytes);
+                text
+            }
         })
         .collect();
     format!("{table} {}", key.join(" "))
@@ -307,6 +311,31 @@ mod tests {
             (FieldType::Binary, &from_file, Value::Blob(b"7\n".to_vec())),
         ] {
             assert_eq!(read(ty, argument), Ok(value), "{ty} {argument}");
+        }
+    }
+
+    #[test]
+    fn json_numbers_are_the_same_decimals_as_plain_ones() {
+        for digits in [
+            "0.1",
+            "1e23",
+            "8.41e21",
+            "9007199254740993",
+            "3.518437208883201171875e13",
+            "62.5364939768271845828",
+            "2.2250738585072011e-308",
+            "5e-324",
+        ] {
+            let plain = read(FieldType::Decimal, &format!("f={digits}")).unwrap();
+            let json = read(FieldType::Decimal, &format!("f:= {digits} ")).unwrap();
+            assert_eq!(json, plain, "{digits}");
+        }
+        // Many digits, on which a reader that rounds twice goes wrong.
+        for n in 0..2000 {
+            let digits = format!("0.{n}{}", 7_046_029_254_386_353_131_u64 - n);
+            let plain = read(FieldType::Decimal, &format!("f={digits}")).unwrap();
+            let json = read(FieldType::Decimal, &format!("f:={digits}")).unwrap();
+            assert_eq!(json, plain, "{digits}");
         }
     }
 

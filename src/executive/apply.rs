@@ -8,8 +8,10 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
-use super::document::{At, Document, DocumentError, Node, TablePart};
-use super::{Effect, Executive, ExecutiveError, Mutation, expected, stored};
+use super::document::{At, Document, DocumentError, Node, RowPart, TablePart};
+use super::{Effect, Executive, ExecutiveError, Mutation, check, expected, stored};
+use crate::hex;
+use crate::ledger::statement;
 use crate::model::{FamilyName, Field, FieldName, FieldType, Seq, TableRef, TableSchema, Value};
 
 /// The rows that one transaction holds at most.
@@ -54,6 +56,9 @@ pub enum ApplyError {
     Executive(#[from] ExecutiveError),
 }
 
+/// The values of a row's fields.
+type Values = Vec<(FieldName, Value)>;
+
 /// A table of the document, compared with the origin.
 struct Prepared {
     table: TableRef,
@@ -61,7 +66,7 @@ struct Prepared {
     create: Option<TableSchema>,
     /// The fields to add.
     add: Vec<Field>,
-    rows: Vec<Vec<(FieldName, Value)>>,
+    rows: Vec<Values>,
 }
 
 /// Applies a document. `progress` is called after every transaction.
@@ -136,11 +141,21 @@ fn prepare(
 ) -> Result<(Vec<FamilyName>, Vec<Prepared>), ApplyError> {
     let mut families = Vec::new();
     let mut prepared = Vec::new();
+    // Names are the same in upper and in lower case, which the parser does not know.
+    let mut lines: HashMap<String, u32> = HashMap::new();
+    let mut once = |document: &Document, name: String, line: u32| match lines.get(&name) {
+        Some(first) => Err(document.error(line, format!("{name} stands on line {first} already"))),
+        None => {
+            lines.insert(name, line);
+            Ok(())
+        }
+    };
     for (family, part) in std::mem::take(&mut document.families.0) {
         let name: FamilyName = family
             .value
             .parse()
             .map_err(|e| document.error(family.line, format!("{e}")))?;
+        once(&document, format!("the family {name}"), family.line)?;
         families.push(name.clone());
         for (table, part) in part.tables.0 {
             let name = TableRef {
@@ -150,6 +165,7 @@ fn prepare(
                     .parse()
                     .map_err(|e| document.error(table.line, format!("{e}")))?,
             };
+            once(&document, format!("the table {name}"), table.line)?;
             let existing = executive.schema(&name)?;
             prepared.push(prepare_table(&document, name, table.line, part, existing)?);
         }
@@ -224,14 +240,18 @@ fn prepare_table(
     };
     let mut rows = Vec::with_capacity(part.rows.len());
     // Two rows with one key would undo each other every time the document is applied.
-    let mut keys: HashMap<Vec<u8>, usize> = HashMap::with_capacity(part.rows.len());
+    let mut lines: HashMap<Vec<Value>, u32> = HashMap::with_capacity(part.rows.len());
     for (index, row) in part.rows.into_iter().enumerate() {
-        let (line, number) = (row.line, index + 1);
-        let values = prepare_row(document, &table, &schema, number, row)?;
-        if let Some(first) = keys.insert(key_bytes(&schema, &values), number) {
+        let line = row.line;
+        let (key, values) = prepare_row(document, &table, &schema, index + 1, row)?;
+        if let Some(first) = lines.insert(key, line) {
             return Err(document.error(
                 line,
-                format!("{table} row {number} has the same key as row {first}; remove one of them"),
+                format!(
+                    "{table} row {} has the same key as the row on line {first}; remove one of \
+                     them",
+                    index + 1
+                ),
             ));
         }
         rows.push(values);
@@ -242,23 +262,6 @@ fn prepare_table(
         add,
         rows,
     })
-}
-
-/// The key of a row as bytes: two rows have the same when they are one row.
-fn key_bytes(schema: &TableSchema, values: &[(FieldName, Value)]) -> Vec<u8> {
-    let mut key = Vec::new();
-    for field in schema.key_fields() {
-        match values.iter().find(|(name, _)| *name == field.name) {
-            Some((_, Value::Integer(i))) => key.extend(i.to_be_bytes()),
-            Some((_, value)) => {
-                let bytes = value.bytes().unwrap_or_default();
-                key.extend(bytes.len().to_be_bytes());
-                key.extend(bytes);
-            }
-            None => {}
-        }
-    }
-    key
 }
 
 fn declared_fields(
@@ -313,14 +316,15 @@ fn declared_key(
     Ok(Some((key.line, names)))
 }
 
+/// A row's key, and its values in the fields' types.
 fn prepare_row(
     document: &Document,
     table: &TableRef,
     schema: &TableSchema,
     number: usize,
-    row: At<super::document::RowPart>,
-) -> Result<Vec<(FieldName, Value)>, DocumentError> {
-    let mut values: Vec<(FieldName, Value)> = Vec::with_capacity(row.value.0.len());
+    row: At<RowPart>,
+) -> Result<(Vec<Value>, Values), DocumentError> {
+    let mut values = Values::with_capacity(row.value.0.len());
     for (name, node) in row.value.0 {
         let error = |line: u32, message: &str| {
             document.error(
@@ -351,7 +355,12 @@ fn prepare_row(
             ));
         }
     }
-    Ok(values)
+    let whole = check::row(table, schema, &values, None)
+        .and_then(|whole| {
+            check::length(table, &statement::replace(table, schema, &whole)).map(|()| whole)
+        })
+        .map_err(|e| document.error(row.line, format!("{table} row {number}: {e}")))?;
+    Ok((check::key_of(schema, &whole), values))
 }
 
 /// The value that a node means in a field of this type.
@@ -403,7 +412,6 @@ fn value(ty: FieldType, node: Node, directory: &Path) -> Result<Value, String> {
         (FieldType::Binary | FieldType::Bytestring, Node::Text(_)) => {
             found("text; bytes are written {hex: …}, {base64: …} or {file: …}")
         }
-        (_, Node::Text(t)) if t.chars().count() <= 40 => found(&format!("{t:?}")),
         (_, Node::Text(_)) => found("text"),
         (_, Node::Bool(b)) => found(&format!("the boolean {b}")),
         (_, Node::Integer(_) | Node::Huge) => found("an integer"),
@@ -415,16 +423,6 @@ fn value(ty: FieldType, node: Node, directory: &Path) -> Result<Value, String> {
 
 /// The bytes that hexadecimal digits mean; the error is a sentence without them.
 pub fn unhex(text: &str) -> Result<Vec<u8>, String> {
-    let digits = text
-        .chars()
-        .map(|c| c.to_digit(16).and_then(|d| u8::try_from(d).ok()))
-        .collect::<Option<Vec<u8>>>()
-        .ok_or("only hexadecimal digits can stand in hex")?;
-    if digits.len() % 2 != 0 {
-        return Err("hex needs two digits for every byte".into());
-    }
-    Ok(digits
-        .chunks_exact(2)
-        .map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | digit))
-        .collect())
+    hex::bytes(text.as_bytes())
+        .ok_or_else(|| "hex needs hexadecimal digits, two for every byte, and nothing else".into())
 }

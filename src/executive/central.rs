@@ -58,19 +58,17 @@ pub(super) trait Central: Send {
     fn has_family(&mut self, family: &FamilyName) -> Step<bool>;
     fn add_family(&mut self, family: &FamilyName) -> Step<()>;
 
-    /// The table's schema; `None` if there is no such table.
+    /// The table's schema, as far as the ledger knows of it; `None` if there is no such table.
     fn schema(&mut self, table: &TableRef) -> Step<Option<TableSchema>>;
 
-    /// The rows with these keys that exist, in no particular order, with every field.
+    /// The rows with these keys that exist, in no particular order, with every field. A row of
+    /// another key is an error.
     fn rows(
         &mut self,
         table: &TableRef,
         schema: &TableSchema,
         keys: &[&[Value]],
     ) -> Step<Vec<Vec<Value>>>;
-
-    /// Whether the table has a row.
-    fn has_rows(&mut self, table: &TableRef) -> Step<bool>;
 
     /// Runs statements that change rows of data tables.
     fn write(&mut self, statements: &[String]) -> Step<()>;

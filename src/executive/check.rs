@@ -10,7 +10,7 @@ const MAX_STRING: usize = 191;
 /// The bytes a bytestring holds.
 const MAX_BYTESTRING: usize = 255;
 /// The bytes that MEDIUMTEXT and MEDIUMBLOB hold, the ledger's statements included.
-pub(super) const MAX_MEDIUM: usize = (1 << 24) - 1;
+const MAX_MEDIUM: usize = (1 << 24) - 1;
 
 /// A whole row for the values, in the schema's order; fields that are not named are taken from
 /// `before`, or are NULL.
@@ -86,6 +86,17 @@ pub(super) fn key_of(schema: &TableSchema, row: &[Value]) -> Vec<Value> {
         .iter()
         .filter_map(|i| row.get(*i).cloned())
         .collect()
+}
+
+/// Whether the ledger can hold a statement about a row of the table.
+pub(super) fn length(table: &TableRef, statement: &str) -> Result<(), ExecutiveError> {
+    if statement.len() > MAX_MEDIUM {
+        return Err(ExecutiveError::StatementTooLong {
+            table: table.clone(),
+            bytes: statement.len(),
+        });
+    }
+    Ok(())
 }
 
 fn assigned(

@@ -406,4 +406,29 @@ mod tests {
         }
         assert!(parse("").is_err());
     }
+
+    #[test]
+    fn a_value_in_the_wrong_place_is_not_shown() {
+        let table = |text: &str| format!("families:\n  app:\n    tables:\n      t:\n{text}");
+        for text in [
+            table("        rows: [hunter2]\n"),
+            table("        rows: hunter2\n"),
+            table("        rows: \"a `hunter2\"\n"),
+            table("        rows: {a: hunter2}\n"),
+            table("        fields: hunter2\n"),
+            table("        rows: [{a: &x hunter2}, *x]\n"),
+            table("        rows:\n          - {a: \"hunter2}\n"),
+            table("        rows:\n          - a: hunter2\n            b: [hunter2: }\n"),
+            table("        rows:\n          - {a: !!int hunter2}\n"),
+            table("        rows:\n          - {a: !!float hunter2}\n"),
+            table("        rows:\n          - {a: !!bool hunter2}\n"),
+            table("        rows:\n          - {a: *hunter2}\n"),
+            "families: hunter2\n".to_owned(),
+            "hunter2\n".to_owned(),
+        ] {
+            if let Err(error) = parse(&text) {
+                assert!(!error.to_string().contains("hunter2"), "{error}");
+            }
+        }
+    }
 }

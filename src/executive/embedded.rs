@@ -117,6 +117,23 @@ impl Central for EmbeddedCentral {
             }
             .into());
         }
+        // Both counts in one statement: another 'init' may be at it.
+        let (tables, ledgers): (i64, i64) = self.with(|db| {
+            db.query_row(
+                "SELECT COUNT(*), COUNT(*) FILTER (WHERE name = ?1) FROM sqlite_master",
+                [LEDGER_TABLE],
+                |row| Ok((row.get(0)?, row.get(1)?)),
+            )
+        })?;
+        if tables > 0 && ledgers == 0 {
+            return Err(OriginError::Failed {
+                origin: self.describe(),
+                reason: "the file is a database of another program; name one that holds a ledger, \
+                         or one that does not exist yet"
+                    .into(),
+            }
+            .into());
+        }
         // Readers and a writer do not wait for each other in WAL mode, which stays with the file.
         self.with(|db| db.execute_batch("PRAGMA journal_mode = WAL; BEGIN IMMEDIATE"))
             .map_err(|e| match e {
@@ -275,11 +292,6 @@ impl Central for EmbeddedCentral {
             }
             Ok(found)
         })
-    }
-
-    fn has_rows(&mut self, table: &TableRef) -> Step<bool> {
-        let sql = format!("SELECT 1 FROM {} LIMIT 1", table.sql_name());
-        self.with(|db| db.prepare(&sql)?.exists([]))
     }
 
     fn write(&mut self, statements: &[String]) -> Step<()> {

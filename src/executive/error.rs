@@ -56,6 +56,19 @@ pub enum ExecutiveError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A table at the origin whose collation takes different keys for one.
+    #[error(
+        "{table} cannot be written: the origin finds a row of another key there, because its \
+         key has the collation {collation}, which ignores case or trailing spaces; convert the \
+         table to a binary collation (ALTER TABLE … CONVERT TO CHARACTER SET utf8mb4 COLLATE \
+         utf8mb4_bin)"
+    )]
+    Collation {
+        /// The table.
+        table: TableRef,
+        /// The key's collations.
+        collation: String,
+    },
     /// A schema that is not valid.
     #[error("{table}: {reason}")]
     Schema {

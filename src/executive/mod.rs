@@ -16,7 +16,7 @@ mod mysql;
 use std::collections::HashMap;
 use std::time::Duration;
 
-use crate::ledger::{BEGIN_MARKER, COMMIT_MARKER, OriginError, OriginUrl, statement};
+use crate::ledger::{BEGIN_MARKER, COMMIT_MARKER, OriginUrl, statement};
 use crate::model::{FamilyName, Field, FieldName, Seq, TableRef, TableSchema, Value};
 
 pub use apply::{Applied, ApplyError, Progress, apply, unhex};
@@ -54,11 +54,6 @@ pub enum Mutation {
         /// All key fields and nothing else.
         key: Vec<(FieldName, Value)>,
     },
-    /// Removes every row of a table.
-    Clear {
-        /// The table.
-        table: TableRef,
-    },
 }
 
 impl Mutation {
@@ -66,8 +61,7 @@ impl Mutation {
         match self {
             Mutation::Upsert { table, .. }
             | Mutation::Put { table, .. }
-            | Mutation::Delete { table, .. }
-            | Mutation::Clear { table } => table,
+            | Mutation::Delete { table, .. } => table,
         }
     }
 }
@@ -191,7 +185,7 @@ impl Executive {
             let mut plan = Plan::read(central, mutations)?;
             let mut effects = Vec::with_capacity(mutations.len());
             for mutation in mutations {
-                effects.push(plan.add(central, mutation)?);
+                effects.push(plan.add(mutation)?);
             }
             let mut statements = plan.statements;
             if statements.is_empty() {
@@ -276,7 +270,6 @@ struct PlannedTable {
     schema: TableSchema,
     /// The rows that the mutations are about, as they stand so far.
     rows: HashMap<Vec<Value>, Vec<Value>>,
-    cleared: bool,
 }
 
 impl Plan {
@@ -293,7 +286,6 @@ impl Plan {
                 let planned = PlannedTable {
                     schema,
                     rows: HashMap::new(),
-                    cleared: false,
                 };
                 tables.insert(table.clone(), planned);
             }
@@ -305,7 +297,6 @@ impl Plan {
                     check::key(table, &planned.schema, values)?
                 }
                 Mutation::Delete { key, .. } => check::only_key(table, &planned.schema, key)?,
-                Mutation::Clear { .. } => continue,
             };
             wanted.entry(table.clone()).or_default().push(key);
         }
@@ -325,10 +316,10 @@ impl Plan {
         })
     }
 
-    fn add(&mut self, central: &mut dyn Central, mutation: &Mutation) -> Step<Effect> {
+    fn add(&mut self, mutation: &Mutation) -> Result<Effect, ExecutiveError> {
         let table = mutation.table();
         let Some(planned) = self.tables.get_mut(table) else {
-            return Err(ExecutiveError::NoTable(table.clone()).into());
+            return Err(ExecutiveError::NoTable(table.clone()));
         };
         let schema = &planned.schema;
         let text = match mutation {
@@ -354,36 +345,9 @@ impl Plan {
                 }
                 statement::delete(table, schema, &key)
             }
-            Mutation::Clear { .. } => {
-                let any =
-                    !planned.rows.is_empty() || (!planned.cleared && central.has_rows(table)?);
-                planned.cleared = true;
-                planned.rows.clear();
-                if !any {
-                    return Ok(Effect::Unchanged);
-                }
-                statement::clear(table)
-            }
         };
-        if text.len() > check::MAX_MEDIUM {
-            return Err(ExecutiveError::StatementTooLong {
-                table: table.clone(),
-                bytes: text.len(),
-            }
-            .into());
-        }
+        check::length(table, &text)?;
         self.statements.push(text);
         Ok(Effect::Written)
-    }
-}
-
-/// An error of an origin, for callers that tell its kinds apart.
-impl ExecutiveError {
-    /// The origin's error, if it was the origin that failed.
-    pub fn origin(&self) -> Option<&OriginError> {
-        match self {
-            ExecutiveError::Origin(e) => Some(e),
-            _ => None,
-        }
     }
 }

@@ -1,32 +1,36 @@
 //! The central database on a MySQL or MariaDB server.
+//!
+//! DDL cannot be part of a transaction here: it is done before the entry that says so is
+//! committed, and stays if that never happens. So every field carries its entry's sequence in a
+//! comment, and one whose entry the ledger does not have is a leftover: no field to anybody, and
+//! removed before it is made again.
+
+use std::collections::HashSet;
 
 use mysql_async::prelude::Queryable;
 use mysql_async::{Row, Value as Column};
 
-use super::ExecutiveError;
 use super::central::{Central, Definition, LOCK, LOCK_ROW, Step, StepError, TABLES};
+use super::{ExecutiveError, check};
 use crate::ledger::session::{Purpose, Session, SessionError, answer, execute};
 use crate::ledger::{LEDGER_TABLE, MySqlUrl, OriginError, statement};
-use crate::model::{FamilyName, Field, FieldType, Seq, TableRef, TableSchema, Value};
+use crate::model::{FamilyName, Field, FieldName, FieldType, Seq, TableRef, TableSchema, Value};
 
 /// The bytes of statements that go to the server at once; a single statement may be longer.
 const BATCH_BYTES: usize = 1 << 20;
+
+/// What a field's comment begins with; the sequence of its ledger entry follows.
+const MARK: &str = "ctlfs ledger ";
 
 /// A database on a server. Connects when it is first needed.
 pub(super) struct MySqlCentral {
     session: Session,
     /// MySQL commits before and after DDL, so it runs beside the transaction.
     ddl: Session,
-    /// DDL that ran for the open transaction, undone if that does not commit.
-    defined: Vec<Defined>,
+    /// What removes the leftovers that the open transaction came upon.
+    leftovers: Vec<(TableRef, String)>,
     last_appended: Seq,
     collation: Option<&'static str>,
-}
-
-struct Defined {
-    undo: String,
-    /// The ledger entry that says so.
-    seq: Seq,
 }
 
 impl MySqlCentral {
@@ -34,7 +38,7 @@ impl MySqlCentral {
         Ok(MySqlCentral {
             session: Session::new(url, Purpose::Write)?,
             ddl: Session::new(url, Purpose::Write)?,
-            defined: Vec::new(),
+            leftovers: Vec::new(),
             last_appended: Seq::ZERO,
             collation: None,
         })
@@ -77,23 +81,56 @@ impl MySqlCentral {
             .map_err(|e| self.error(e))
     }
 
-    /// Takes back DDL whose ledger entry is not there. What cannot be taken back stays: an empty
-    /// table or field that nobody reads.
-    fn undo(&mut self) {
-        for defined in std::mem::take(&mut self.defined).into_iter().rev() {
-            let sql = format!(
-                "SELECT COUNT(*) FROM {LEDGER_TABLE} WHERE seq = {}",
-                defined.seq
-            );
-            let committed: Result<Option<u64>, _> = self
-                .ddl
-                .run_again(async |conn| answer(conn.query_first(&sql)).await);
-            if matches!(committed, Ok(Some(0))) {
-                let _ = self
-                    .ddl
-                    .run(async |conn| execute(conn, &defined.undo).await);
+    /// Those of the sequences, from the fields' comments, whose ledger entries never came to be.
+    fn uncommitted(&mut self, table: &TableRef, mut seqs: Vec<Seq>) -> Step<Vec<Seq>> {
+        seqs.sort_unstable();
+        seqs.dedup();
+        if seqs.is_empty() {
+            return Ok(seqs);
+        }
+        let list: Vec<String> = seqs.iter().map(Seq::to_string).collect();
+        let name = table.sql_name();
+        // By its text too: after a crash some servers give a sequence again.
+        let entries = self.query(&format!(
+            "SELECT seq FROM {LEDGER_TABLE} WHERE seq IN ({}) AND \
+             (statement LIKE 'CREATE TABLE %{name} %' OR statement LIKE 'ALTER TABLE %{name} %')",
+            list.join(",")
+        ))?;
+        let entries: Vec<String> = entries.into_iter().flat_map(texts).collect();
+        seqs.retain(|seq| !entries.contains(&seq.to_string()));
+        if !seqs.is_empty() {
+            // Older entries may have been removed from a ledger that was shortened.
+            let first = self.query(&format!("SELECT MIN(seq) FROM {LEDGER_TABLE}"))?;
+            let first = first.into_iter().flat_map(texts).next();
+            if let Some(first) = first.and_then(|text| text.parse().ok()).map(Seq::new) {
+                seqs.retain(|seq| *seq >= first);
             }
         }
+        Ok(seqs)
+    }
+
+    /// The error for a table whose collation finds rows of other keys.
+    fn confused(&mut self, table: &TableRef) -> Step<ExecutiveError> {
+        let collations = self.query(&format!(
+            "SELECT DISTINCT collation_name FROM information_schema.columns \
+             WHERE table_schema = DATABASE() AND table_name = '{}' AND column_key = 'PRI' \
+             AND collation_name IS NOT NULL",
+            table.sql_name()
+        ))?;
+        let collations: Vec<String> = collations.into_iter().flat_map(texts).collect();
+        Ok(ExecutiveError::Collation {
+            table: table.clone(),
+            collation: collations.join(", "),
+        })
+    }
+
+    /// Whether a query has a row. Outside the transaction, which would lock the table against DDL.
+    fn finds(&mut self, sql: &str) -> Step<bool> {
+        let row: Option<Row> = self
+            .ddl
+            .run_again(async |conn| answer(conn.query_first(sql)).await)
+            .map_err(|e| self.error(e))?;
+        Ok(row.is_some())
     }
 }
 
@@ -111,6 +148,23 @@ fn explain(error: SessionError, origin: &str) -> StepError {
         .into(),
         _ => error.into_origin(origin.to_owned()).into(),
     }
+}
+
+/// A COMMIT's error. The server's own no says that nothing was written; anything else leaves that
+/// open.
+fn commit_failed(error: SessionError, origin: &str) -> StepError {
+    if error.is_refusal() {
+        return explain(error, origin);
+    }
+    let reason = match error.into_origin(origin.to_owned()) {
+        OriginError::Unreachable { reason, .. } | OriginError::Failed { reason, .. } => reason,
+        other => other.to_string(),
+    };
+    ExecutiveError::CommitUnknown {
+        origin: origin.to_owned(),
+        reason,
+    }
+    .into()
 }
 
 impl Central for MySqlCentral {
@@ -151,7 +205,7 @@ impl Central for MySqlCentral {
     }
 
     fn begin(&mut self) -> Step<()> {
-        self.defined.clear();
+        self.leftovers.clear();
         let locked = self
             .session
             .run_again(async |conn| {
@@ -177,38 +231,15 @@ impl Central for MySqlCentral {
     }
 
     fn commit(&mut self) -> Step<()> {
-        let committed = self.session.run(async |conn| execute(conn, "COMMIT").await);
-        match committed {
-            Ok(()) => {
-                self.defined.clear();
-                Ok(())
-            }
-            Err(e) => {
-                let refused = e.code().is_some();
-                let error = self.error(e);
-                self.rollback();
-                Err(match error {
-                    StepError::Failed(ExecutiveError::Origin(origin)) if !refused => {
-                        ExecutiveError::CommitUnknown {
-                            origin: self.describe(),
-                            reason: match origin {
-                                OriginError::Unreachable { reason, .. } => reason,
-                                other => other.to_string(),
-                            },
-                        }
-                        .into()
-                    }
-                    other => other,
-                })
-            }
-        }
+        self.session
+            .run(async |conn| execute(conn, "COMMIT").await)
+            .map_err(|e| commit_failed(e, self.session.origin()))
     }
 
     fn rollback(&mut self) {
         if self.session.is_connected() && self.run("ROLLBACK").is_err() {
             self.session.drop_connection();
         }
-        self.undo();
     }
 
     fn has_family(&mut self, family: &FamilyName) -> Step<bool> {
@@ -222,7 +253,7 @@ impl Central for MySqlCentral {
 
     fn schema(&mut self, table: &TableRef) -> Step<Option<TableSchema>> {
         let columns = self.query(&format!(
-            "SELECT column_name, column_type FROM information_schema.columns \
+            "SELECT column_name, column_type, column_comment FROM information_schema.columns \
              WHERE table_schema = DATABASE() AND table_name = '{}' ORDER BY ordinal_position",
             table.sql_name()
         ))?;
@@ -237,13 +268,38 @@ impl Central for MySqlCentral {
             text.parse()
                 .map_err(|e: crate::model::NameError| foreign(e.to_string()))
         };
+        let columns: Vec<[String; 3]> = columns
+            .into_iter()
+            .filter_map(|row| texts(row).try_into().ok())
+            .collect();
+        let marks = columns.iter().filter_map(|[.., comment]| marked(comment));
+        let uncommitted = self.uncommitted(table, marks.collect())?;
+        let is_leftover =
+            |comment: &str| marked(comment).is_some_and(|seq| uncommitted.contains(&seq));
+        let sql_name = table.sql_name();
+        // Nobody can have written to a leftover: what holds something is none.
+        if columns.iter().all(|[.., comment]| is_leftover(comment))
+            && !self.finds(&format!("SELECT 1 FROM {sql_name} LIMIT 1"))?
+        {
+            self.leftovers
+                .push((table.clone(), format!("DROP TABLE {sql_name}")));
+            return Ok(None);
+        }
         let mut fields = Vec::with_capacity(columns.len());
-        for row in columns {
-            let mut texts = texts(row);
-            let (ty, field) = (texts.pop(), texts.pop());
+        for [field, ty, comment] in columns {
+            let field: FieldName = name(field)?;
+            if is_leftover(&comment)
+                && !self.finds(&format!(
+                    "SELECT 1 FROM {sql_name} WHERE \"{field}\" IS NOT NULL LIMIT 1"
+                ))?
+            {
+                let remove = format!("ALTER TABLE {sql_name} DROP COLUMN \"{field}\"");
+                self.leftovers.push((table.clone(), remove));
+                continue;
+            }
             fields.push(Field {
-                name: name(field.unwrap_or_default())?,
-                ty: FieldType::from_sqlite(&ty.unwrap_or_default()),
+                name: field,
+                ty: FieldType::from_sqlite(&ty),
             });
         }
         let key = self
@@ -283,18 +339,18 @@ impl Central for MySqlCentral {
             let parts: Vec<String> = key.iter().map(statement::literal).collect();
             format!("({})", parts.join(","))
         });
+        let asked: HashSet<&[Value]> = keys.iter().copied().collect();
         let mut found = Vec::new();
         for batch in batches(tuples, ',') {
             for row in self.query(&format!("{select}{batch})"))? {
-                found.push(decode(row, table, schema)?);
+                let row = decode(row, table, schema)?;
+                if !asked.contains(check::key_of(schema, &row).as_slice()) {
+                    return Err(self.confused(table)?.into());
+                }
+                found.push(row);
             }
         }
         Ok(found)
-    }
-
-    fn has_rows(&mut self, table: &TableRef) -> Step<bool> {
-        let sql = format!("SELECT 1 FROM {} LIMIT 1", table.sql_name());
-        Ok(!self.query(&sql)?.is_empty())
     }
 
     fn write(&mut self, statements: &[String]) -> Step<()> {
@@ -330,47 +386,40 @@ impl Central for MySqlCentral {
     }
 
     fn define(&mut self, table: &TableRef, definition: &Definition<'_>) -> Step<()> {
-        let (sql, undo) = match definition {
+        let mark = format!("COMMENT '{MARK}{}'", self.last_appended);
+        let column = |f: &Field, ty: &str| -> String { format!("\"{}\" {ty} {mark}", f.name) };
+        let sql = match definition {
             Definition::Create(schema) => {
-                let columns = schema
-                    .fields()
-                    .iter()
-                    .map(|f| format!("\"{}\" {}", f.name, f.ty.mysql_type()));
+                let columns = schema.fields().iter();
+                let columns = columns.map(|f| column(f, f.ty.mysql_type()));
                 let text = statement::create_text(table, schema, columns);
                 let collation = self.collation()?;
-                (
-                    format!(
-                        "{text} ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE {collation}"
-                    ),
-                    format!("DROP TABLE {}", table.sql_name()),
-                )
+                format!("{text} ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4 COLLATE {collation}")
             }
-            Definition::Add(field) => (
-                format!(
-                    "ALTER TABLE {} ADD COLUMN \"{}\" {}",
-                    table.sql_name(),
-                    field.name,
-                    field.ty.mysql_type()
-                ),
-                format!(
-                    "ALTER TABLE {} DROP COLUMN \"{}\"",
-                    table.sql_name(),
-                    field.name
-                ),
+            Definition::Add(field) => format!(
+                "ALTER TABLE {} ADD COLUMN {}",
+                table.sql_name(),
+                column(field, field.ty.mysql_type())
             ),
         };
         // Connected before, and run once: DDL must not be repeated blindly.
-        let made = self
-            .ddl
+        self.ddl
             .run_again(async |conn| execute(conn, "DO 0").await)
-            .and_then(|()| self.ddl.run(async |conn| execute(conn, &sql).await));
-        made.map_err(|e| self.error(e))?;
-        self.defined.push(Defined {
-            undo,
-            seq: self.last_appended,
-        });
+            .map_err(|e| self.error(e))?;
+        let leftovers = std::mem::take(&mut self.leftovers);
+        let leftovers = leftovers.into_iter().filter(|(of, _)| of == table);
+        for sql in leftovers.map(|(_, remove)| remove).chain([sql]) {
+            self.ddl
+                .run(async |conn| execute(conn, &sql).await)
+                .map_err(|e| self.error(e))?;
+        }
         Ok(())
     }
+}
+
+/// The ledger sequence in a field's comment; `None` for fields that others made.
+fn marked(comment: &str) -> Option<Seq> {
+    comment.strip_prefix(MARK)?.parse().ok().map(Seq::new)
 }
 
 /// Joins texts with a separator into batches of at most [`BATCH_BYTES`], or of one longer text.
@@ -433,4 +482,35 @@ fn decode(row: Row, table: &TableRef, schema: &TableSchema) -> Step<Vec<Value>> 
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use mysql_async::{Error, ServerError};
+
+    use super::*;
+
+    #[test]
+    fn only_a_refused_commit_is_known_not_to_have_happened() {
+        let says = |code| {
+            let error = Error::Server(ServerError {
+                code,
+                message: "why".into(),
+                state: "HY000".into(),
+            });
+            commit_failed(SessionError::Database(error), "mysql://db/ctldb")
+        };
+        let is_unknown = |e| matches!(e, StepError::Failed(ExecutiveError::CommitUnknown { .. }));
+        // Shutdown, connection aborted, query interrupted, connection killed, idle for too long.
+        for code in [1053, 1152, 1317, 1927, 4031] {
+            assert!(is_unknown(says(code)), "{code}");
+        }
+        assert!(matches!(says(1213), StepError::Conflict(_)));
+        for code in [1030, 1114, 1290] {
+            assert!(!is_unknown(says(code)), "{code}");
+        }
+        for lost in [SessionError::Silent, SessionError::Gone] {
+            assert!(is_unknown(commit_failed(lost, "mysql://db/ctldb")));
+        }
+    }
 }

@@ -164,7 +164,7 @@ impl<'a> Parser<'a> {
         }
         if let Some(rest) = self.rest.strip_prefix("x'") {
             let (hex, rest) = rest.split_once('\'')?;
-            return self.push("?", Literal::Blob(unhex(hex.as_bytes())?), rest);
+            return self.push("?", Literal::Blob(crate::hex::bytes(hex.as_bytes())?), rest);
         }
         let (after, false) = number(self.rest.strip_prefix('-').unwrap_or(self.rest))? else {
             return None;
@@ -210,21 +210,6 @@ fn string(text: &str) -> Option<(Cow<'_, str>, &str)> {
         rest = behind;
     }
     Some((string, rest))
-}
-
-fn unhex(hex: &[u8]) -> Option<Vec<u8>> {
-    let digit = |b: u8| match b {
-        b'0'..=b'9' => Some(b - b'0'),
-        b'a'..=b'f' => Some(b - b'a' + 10),
-        b'A'..=b'F' => Some(b - b'A' + 10),
-        _ => None,
-    };
-    let (pairs, odd) = hex.as_chunks::<2>();
-    if !odd.is_empty() {
-        return None;
-    }
-    let byte = |&[high, low]: &[u8; 2]| Some(digit(high)? << 4 | digit(low)?);
-    pairs.iter().map(byte).collect()
 }
 
 #[cfg(test)]

@@ -86,6 +86,14 @@ pub enum OriginError {
         /// What the server said.
         reason: String,
     },
+    /// The login was right, but the user lacks a privilege.
+    #[error("{origin} does not allow this user what is needed: {reason}; grant it to the user")]
+    NotAllowed {
+        /// The origin, without its password.
+        origin: String,
+        /// What the server said.
+        reason: String,
+    },
     /// The database named in the URL does not exist.
     #[error("{origin} has no such database: {reason}; create it, then run 'ctlfs init'")]
     NoDatabase {

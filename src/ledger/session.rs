@@ -54,6 +54,12 @@ impl SessionError {
         }
     }
 
+    /// Whether it was the server that said no, and to the statement: not to a connection or query
+    /// that it was ending meanwhile.
+    pub(crate) fn is_refusal(&self) -> bool {
+        self.code().is_some_and(|c| c != 1317 && !hangs_up(c))
+    }
+
     /// Whether the connection cannot be used any more.
     fn is_fatal(&self) -> bool {
         match self {
@@ -94,19 +100,20 @@ impl SessionError {
                 reason: format!("TLS: {e}"),
             },
             Error::Server(e) => {
-                let reason = if quotes_statements(e.code) {
-                    format!("error {} ({})", e.code, e.state)
-                } else {
+                let reason = if holds_no_value(e.code) {
                     format!("{} (error {})", e.message, e.code)
+                } else {
+                    format!("error {} ({})", e.code, e.state)
                 };
                 match e.code {
                     // Too many connections, server shutting down, connection killed.
                     1040 | 1053 | 1152 | 1203 | 1226 | 1927 | 4031 => {
                         OriginError::Unreachable { origin, reason }
                     }
-                    1044 | 1045 | 1130 | 1142 | 1143 | 1227 | 1251 | 1698 | 1820 | 1862 | 4151 => {
+                    1045 | 1130 | 1251 | 1698 | 1820 | 1862 | 4151 => {
                         OriginError::Denied { origin, reason }
                     }
+                    1044 | 1142 | 1143 | 1227 => OriginError::NotAllowed { origin, reason },
                     1049 => OriginError::NoDatabase { origin, reason },
                     1146 => OriginError::NotInitialised { origin },
                     _ => OriginError::Failed { origin, reason },
@@ -136,10 +143,21 @@ fn hangs_up(code: u16) -> bool {
     matches!(code, 1053 | 1152 | 1927 | 4031)
 }
 
-/// Errors whose text quotes values or a part of the statement: duplicate entry, syntax, wrong
-/// value. Values are users' data, which no log shows.
-fn quotes_statements(code: u16) -> bool {
-    matches!(code, 1062 | 1064 | 1292 | 1366 | 1367 | 1411 | 1586)
+/// Errors whose text holds names, numbers of the server's and advice, never a value or a part of
+/// the statement. Values are users' data, which no log shows; of an error that is not listed only
+/// the number is shown.
+fn holds_no_value(code: u16) -> bool {
+    match code {
+        // Logging in, privileges, and a server that is full, ending or read-only.
+        1040 | 1044 | 1045 | 1053 | 1130 | 1142 | 1143 | 1152 | 1203 | 1226 | 1227 | 1251
+        | 1290 | 1317 | 1698 | 1792 | 1820 | 1836 | 1862 | 1927 | 4031 | 4151 => true,
+        // Disk, storage engine, memory, locks.
+        1021 | 1026 | 1030 | 1036 | 1037 | 1038 | 1041 | 1114 | 1205 | 1206 | 1213 => true,
+        // Databases, tables, columns and keys that are missing, there, or too long.
+        1046 | 1048 | 1049 | 1050 | 1051 | 1054 | 1060 | 1071 | 1074 | 1091 | 1117 | 1118
+        | 1146 | 1153 | 1170 | 1364 | 1406 | 1709 => true,
+        _ => false,
+    }
 }
 
 /// A connection, made when it is first needed.
@@ -284,4 +302,41 @@ pub(crate) async fn answer<T>(
 /// Runs statements whose rows, if any, nobody wants.
 pub(crate) async fn execute(conn: &mut Conn, sql: &str) -> Result<(), SessionError> {
     answer(conn.query_drop(sql)).await
+}
+
+#[cfg(test)]
+mod tests {
+    use mysql_async::ServerError;
+
+    use super::*;
+
+    fn says(code: u16, message: &str) -> OriginError {
+        SessionError::Database(Error::Server(ServerError {
+            code,
+            message: message.into(),
+            state: "HY000".into(),
+        }))
+        .into_origin("mysql://db/ctldb".into())
+    }
+
+    #[test]
+    fn a_missing_privilege_is_not_a_wrong_password() {
+        for code in [1044, 1142, 1143, 1227] {
+            let error = says(code, "INSERT command denied to user 'me'");
+            assert!(matches!(error, OriginError::NotAllowed { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("INSERT command denied"), "{text}");
+            assert!(!text.contains("password"), "{text}");
+        }
+        assert!(matches!(says(1045, "no"), OriginError::Denied { .. }));
+    }
+
+    #[test]
+    fn errors_that_may_quote_a_value_show_their_number_only() {
+        for code in [1062, 1064, 1292, 1300, 1366, 1525, 1690, 3140, 65000] {
+            let text = says(code, "wrong: 'hunter2'").to_string();
+            assert!(!text.contains("hunter2"), "{text}");
+            assert!(text.contains(&code.to_string()), "{text}");
+        }
+    }
 }

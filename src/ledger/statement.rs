@@ -7,6 +7,7 @@
 use std::fmt::Write;
 
 use super::{BEGIN_MARKER, COMMIT_MARKER};
+use crate::hex;
 use crate::model::{Field, TableRef, TableSchema, Value};
 
 /// The longest head that [`head`] gives, in characters.
@@ -126,13 +127,8 @@ fn push_literal(out: &mut String, value: &Value) {
 }
 
 fn push_blob(out: &mut String, bytes: &[u8]) {
-    const HEX: &[u8; 16] = b"0123456789abcdef";
-    out.reserve(bytes.len() * 2 + 3);
     out.push_str("x'");
-    for byte in bytes {
-        out.push(char::from(HEX[usize::from(byte >> 4)]));
-        out.push(char::from(HEX[usize::from(byte & 15)]));
-    }
+    hex::push(out, bytes);
     out.push('\'');
 }
 
@@ -161,8 +157,8 @@ fn push_decimal(out: &mut String, value: f64) {
 
 /// The beginning of a statement for a log or `status.json`, up to its `VALUES(…` or its first
 /// literal in quotes, which is replaced by `'…'` or `x'…'`: at most [`MAX_HEAD`] characters, on one
-/// line. Numbers and names before that may stay. Comments are hidden: an apostrophe in one would
-/// turn the rest inside out.
+/// line. Numbers before that are replaced by `…`; names may stay. Comments are hidden: an apostrophe
+/// in one would turn the rest inside out.
 pub fn head(statement: &str) -> String {
     let marker = statement.trim();
     if marker == BEGIN_MARKER || marker == COMMIT_MARKER {
@@ -170,11 +166,26 @@ pub fn head(statement: &str) -> String {
     }
     let mut out = Head::default();
     let mut rest = statement.chars().peekable();
+    // Whether the character before is part of a word, in which digits are no number.
+    let mut in_word = false;
     while let Some(c) = rest.next() {
         if out.is_full() {
             break;
         }
+        let was_in_word = in_word;
+        in_word = c.is_alphanumeric() || c == '_' || c == '$';
         match c {
+            c if c.is_ascii_digit() && !was_in_word => {
+                out.push('…');
+                let mut last = c;
+                while let Some(more) = rest.next_if(|&more| {
+                    more.is_ascii_alphanumeric()
+                        || matches!(more, '.' | '_')
+                        || (matches!(more, '+' | '-') && matches!(last, 'e' | 'E'))
+                }) {
+                    last = more;
+                }
+            }
             '\'' => {
                 out.push_str("'…'");
                 loop {
@@ -422,6 +433,7 @@ mod tests {
             let head = head(&replace(&table, &schema, &row));
             prop_assert!(head.chars().count() <= MAX_HEAD);
             prop_assert!(!head.contains('Q'), "{}", head);
+            prop_assert!(!head.contains(|c: char| c.is_ascii_digit()), "{}", head);
         }
 
         #[test]
@@ -452,6 +464,18 @@ mod tests {
             ("a  \n\t b", "a b"),
             ("SELECT \"a b\", `c`, [d]", "SELECT \"…\", `c`, [d]"),
             ("--- BEGIN", "--- BEGIN"),
+            (
+                "REPLACE INTO app2___t1a (\"k1\",v2) VALUES(48213,-0.25,1.5e-7,.5,0x1f)",
+                "REPLACE INTO app2___t1a (\"k1\",v2) VALUES(…",
+            ),
+            (
+                "UPDATE t SET pin=48213 WHERE k='a'AND n>7",
+                "UPDATE t SET pin=… WHERE k='…'…",
+            ),
+            (
+                "CREATE TABLE t (a VARCHAR(191))",
+                "CREATE TABLE t (a VARCHAR(…))",
+            ),
             (
                 "-- don't\nDELETE FROM t WHERE a='secret'",
                 "--… DELETE FROM t WHERE a='…'",

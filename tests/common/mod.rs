@@ -4,3 +4,4 @@
 
 pub mod central;
 pub mod mariadb;
+pub mod proxy;
