@@ -449,7 +449,7 @@ fn status_source(
     mountpoint: &Path,
     feed: &Feed,
     board: Arc<StatusBoard>,
-) -> impl Fn(&Counters<'_>) -> Vec<u8> + Send + Sync + 'static {
+) -> impl Fn(&Counters<'_>, Option<&str>) -> Vec<u8> + Send + Sync + 'static {
     let mountpoint = mountpoint.to_owned();
     let started = SystemTime::now();
     let stale_after = config.stale_after;
@@ -464,11 +464,9 @@ fn status_source(
             check_interval,
         } => (file.clone(), *check_interval),
     };
-    move |counters| {
-        let unreadable = match origin {
-            Some(_) => None,
-            None => wiring::check_foreign_ldb(&file).err(),
-        };
+    // A foreign LDB is not looked at here: closing any descriptor of it would drop the locks that
+    // SQLite holds for this process's readers.
+    move |counters, unreadable| {
         let follows = match &origin {
             Some(origin) => Follows::Origin {
                 origin,
@@ -477,7 +475,7 @@ fn status_source(
             None => Follows::Ldb {
                 file: &file,
                 check_interval: interval,
-                unreadable: unreadable.as_deref(),
+                unreadable,
             },
         };
         let info = StaticInfo {

@@ -101,13 +101,13 @@ pub(super) fn open_origin(url: &OriginUrl) -> Result<Box<dyn Origin>, OriginErro
     ledger::open(url)
 }
 
-/// Mounts. `status` renders status.json.
+/// Mounts. `status` renders status.json; it is also told why a foreign LDB cannot be followed, if so.
 pub(super) fn mount(
     config: &config::Daemon,
     mountpoint: &Path,
     ldb: &Path,
     allow_other: bool,
-    status: impl Fn(&Counters<'_>) -> Vec<u8> + Send + Sync + 'static,
+    status: impl Fn(&Counters<'_>, Option<&str>) -> Vec<u8> + Send + Sync + 'static,
     board: &Arc<StatusBoard>,
 ) -> Result<Mounted, Error> {
     let settings = mount::Settings {
@@ -125,7 +125,7 @@ pub(super) fn mount(
         plain_open: config.options.plain_open,
     };
     let render = Box::new(move |counters: &MountCounters| {
-        status(&Counters {
+        let shown = Counters {
             seq: counters.seq,
             families: counters.families,
             tables: counters.tables,
@@ -135,7 +135,8 @@ pub(super) fn mount(
             kept_bytes: counters.kept_bytes,
             spilled_bytes: counters.spilled_bytes,
             fallbacks: &counters.fallbacks,
-        })
+        };
+        status(&shown, counters.trouble.as_deref())
     });
     mount::mount(settings, render, Arc::clone(board))
         .map_err(|error| Error::Mount(error.to_string()))

@@ -99,6 +99,8 @@ pub struct MountCounters {
     pub tables: u64,
     /// What the kernel lacks, and what follows from it.
     pub fallbacks: Vec<String>,
+    /// Why a foreign LDB cannot be followed at the moment, if so.
+    pub trouble: Option<String>,
 }
 
 /// Why a tree could not be mounted.
