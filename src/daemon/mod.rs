@@ -10,6 +10,7 @@ mod lock;
 mod log;
 mod mountinfo;
 mod mountpoint;
+mod process;
 mod signals;
 mod users;
 mod wiring;
@@ -33,7 +34,8 @@ pub(crate) use lock::create as create_private;
 pub(crate) use log::is_level;
 pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, resolve};
 pub use mountpoint::MountpointError;
-pub(crate) use mountpoint::{daemon_pid, detach, is_root, is_stale, read_status};
+pub(crate) use mountpoint::{daemon_identity, detach, is_root, is_stale, read_status};
+pub(crate) use process::Process;
 pub(crate) use signals::{block as block_signals, broken_pipe_kills};
 pub(crate) use wiring::{access_rules, prepare_embedded};
 
@@ -452,6 +454,7 @@ fn status_source(
 ) -> impl Fn(&Counters<'_>, Option<&str>) -> Vec<u8> + Send + Sync + 'static {
     let mountpoint = mountpoint.to_owned();
     let started = SystemTime::now();
+    let identity = process::Identity::own();
     let stale_after = config.stale_after;
     let origin = match feed {
         Feed::Reflected { origin, .. } => Some(origin.describe()),
@@ -479,7 +482,9 @@ fn status_source(
             },
         };
         let info = StaticInfo {
-            pid: std::process::id(),
+            pid: identity.pid,
+            pid_namespace: identity.namespace,
+            pid_started: identity.started,
             mountpoint: &mountpoint,
             follows,
             started,

@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::lock::{shown_pid, try_flock};
+use super::process::Identity;
 use super::{deadline, mountinfo};
 
 const ASK: Duration = Duration::from_secs(2);
@@ -139,7 +140,7 @@ fn covering(path: &Path) -> Result<Option<mountinfo::Mount>, MountpointError> {
 
 fn taken(path: PathBuf, mount: &mountinfo::Mount) -> MountpointError {
     if mount.is_ctlfs() {
-        let pid = daemon_pid(&path);
+        let pid = daemon_identity(&path).map(|daemon| daemon.pid);
         MountpointError::AlreadyMounted { path, pid }
     } else {
         MountpointError::OtherFileSystem {
@@ -272,9 +273,8 @@ pub(crate) fn read_status(path: &Path, limit: Duration) -> io::Result<Vec<u8>> {
 }
 
 /// The process that serves the mount on `path`, as far as it can be asked.
-pub(crate) fn daemon_pid(path: &Path) -> Option<u32> {
-    let status: serde_json::Value = serde_json::from_slice(&read_status(path, ASK).ok()?).ok()?;
-    u32::try_from(status.get("pid")?.as_u64()?).ok()
+pub(crate) fn daemon_identity(path: &Path) -> Option<Identity> {
+    Identity::of(&serde_json::from_slice(&read_status(path, ASK).ok()?).ok()?)
 }
 
 /// Unmounts what is on top of `path`; when `lazy`, also while it is in use.
