@@ -180,9 +180,10 @@ fn check_directory(path: &Path) -> Result<(), MountpointError> {
         return Err(MountpointError::NotEmpty(path.to_owned()));
     }
     let name = c_path(path).map_err(|error| refused(path, error))?;
+    // fusermount3 lets a user cover only what that user may write. Root mounts without it, also in
+    // a read-only file system, where this would be refused.
     // SAFETY: `name` is a NUL-terminated string that outlives the call.
-    if unsafe { libc::access(name.as_ptr(), libc::W_OK) } != 0 {
-        // fusermount3 lets a user cover only what that user may write.
+    if !is_root() && unsafe { libc::access(name.as_ptr(), libc::W_OK) } != 0 {
         return Err(refused(path, io::Error::last_os_error()));
     }
     Ok(())
