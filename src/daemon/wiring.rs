@@ -2,14 +2,13 @@
 //!
 //! The rest of the daemon sees them through the types of this file only.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use crate::ldb::LdbWriter;
+use crate::ldb::{self, LdbError, LdbWriter};
 use crate::mount::{self, MountCounters, Source};
 use crate::reflector::{Reflector, Settings, StopHandle};
 
@@ -21,7 +20,7 @@ use crate::model::Seq;
 use crate::status::{Counters, StatusBoard};
 use crate::tree::access::{AccessError, AccessRules, Principal};
 
-pub(crate) use crate::mount::{Mounted, Unmounter};
+pub(crate) use crate::mount::Mounted;
 
 /// Understands the rules of `--access`, in their order. What they leave out belongs to whoever
 /// mounts.
@@ -80,20 +79,17 @@ pub(super) fn open_ldb(path: PathBuf) -> Result<Ldb, Error> {
 }
 
 /// Whether `path` can be read and begins like an SQLite database. What is in it is the mount's to
-/// judge.
+/// judge. Only for the start: nothing may open the file beside SQLite once it is read.
 pub(super) fn check_foreign_ldb(path: &Path) -> Result<(), String> {
-    let mut head = [0; 16];
-    File::open(path)
-        .and_then(|mut file| file.read_exact(&mut head))
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => "it is no SQLite database".to_owned(),
-            _ => error.to_string(),
-        })?;
-    if &head == b"SQLite format 3\0" {
-        Ok(())
-    } else {
-        Err("it is no SQLite database".into())
+    let none = || "it is no SQLite database".to_owned();
+    // An LDB of our own may be missing or empty at first.
+    if fs::metadata(path).map_err(|error| error.to_string())?.len() == 0 {
+        return Err(none());
     }
+    ldb::check_header(path).map_err(|error| match error {
+        LdbError::Io { reason, .. } => reason,
+        _ => none(),
+    })
 }
 
 /// The ledger, not connected yet.
