@@ -270,7 +270,8 @@ struct Live {
     path: PathBuf,
     /// The kernel's number of our mount, if it was seen in its list.
     id: Option<u64>,
-    unmounter: wiring::Unmounter,
+    /// Whether it is still ours to unmount.
+    mounted: bool,
     reflector: Option<wiring::Running>,
     start: Start,
 }
@@ -301,7 +302,7 @@ impl Live {
                 .flatten()
                 .filter(Mount::is_ctlfs)
                 .map(|mount| mount.id),
-            unmounter: mounted.unmounter(),
+            mounted: true,
             reflector: None,
             start: Start::Whole,
         };
@@ -404,17 +405,20 @@ impl Live {
 
     /// Stops the reflector and unmounts. Readers that hold files open do not delay it: the mount
     /// leaves the tree at once, and their files answer as long as this process lives.
-    fn end(self, events: &Receiver<Event>) {
+    fn end(mut self, events: &Receiver<Event>) {
         if let Some(reflector) = &self.reflector {
             reflector.stop();
         }
-        if self.is_mounted() {
-            self.unmounter.unmount();
+        if self.unmount() {
+            wait_until(GOODBYE, || {
+                events.try_iter().any(|e| matches!(e, Event::Unmounted(_))) || !self.is_there()
+            });
+        } else if self.is_there() {
+            tracing::warn!(
+                "something else is mounted on top of {}; leaving the dead mount beneath it",
+                self.path.display()
+            );
         }
-        wait_until(GOODBYE, || {
-            let session_over = events.try_iter().any(|e| matches!(e, Event::Unmounted(_)));
-            session_over || !self.is_mounted()
-        });
         if let Some(reflector) = &self.reflector
             && !wait_until(GOODBYE, || reflector.is_finished())
         {
@@ -423,25 +427,42 @@ impl Live {
         }
     }
 
-    fn is_mounted(&self) -> bool {
-        self.id.is_some_and(mountinfo::is_mounted)
+    /// Whether our mount is there, be it on top or not.
+    fn is_there(&self) -> bool {
+        match self.id {
+            Some(id) => mountinfo::is_mounted(id),
+            None => self.is_on_top(),
+        }
+    }
+
+    /// Whether unmounting by path would hit our mount: the number tells it from one that somebody
+    /// put on top. When the kernel's list cannot be read, it is worth a try.
+    fn is_on_top(&self) -> bool {
+        let Ok(top) = mountinfo::at(&self.path) else {
+            return true;
+        };
+        match self.id {
+            Some(id) => top.is_some_and(|mount| mount.id == id),
+            None => top.is_some_and(|mount| mount.is_ctlfs()),
+        }
+    }
+
+    /// Takes our mount away, at most once; tells whether it did.
+    fn unmount(&mut self) -> bool {
+        if !(self.mounted && self.is_on_top()) {
+            return false;
+        }
+        match mountpoint::detach(&self.path, true) {
+            Ok(()) => self.mounted = false,
+            Err(error) => tracing::error!(%error, "cannot unmount {}", self.path.display()),
+        }
+        !self.mounted
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        if !self.is_mounted() {
-            return;
-        }
-        self.unmounter.unmount();
-        // The number tells our mount from one that somebody put on top of it.
-        let ours =
-            || mountinfo::at(&self.path).is_ok_and(|m| m.is_some_and(|m| Some(m.id) == self.id));
-        if ours()
-            && let Err(error) = mountpoint::detach(&self.path, true)
-        {
-            tracing::error!(%error, "cannot unmount {}", self.path.display());
-        }
+        self.unmount();
     }
 }
 
