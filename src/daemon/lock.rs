@@ -189,12 +189,15 @@ fn check_owner(path: &Path, file: &Path) -> Result<(), LockError> {
     if owner == own {
         return Ok(());
     }
+    let what = match file.file_name() {
+        Some(name) if file != path => name.display().to_string(),
+        _ => "it".to_owned(),
+    };
     Err(LockError::Exposed {
         path: path.to_owned(),
         why: format!(
-            "{} belongs to another user (uid {owner}); give it to uid {own} with chown, or give \
-             another directory with --state",
-            file.display()
+            "{what} belongs to another user (uid {owner}); give it to uid {own} with chown, or \
+             give another directory with --state"
         ),
     })
 }
