@@ -27,6 +27,8 @@ pub struct Progress {
     pub ready: bool,
     /// What keeps the reflector from going on, if anything.
     pub problem: Option<Problem>,
+    /// What SQLite said of the LDB when a reader of the tree came upon damage in it.
+    pub damage: Option<String>,
     /// Entries that appeared behind the position, and so were never applied.
     pub late: Vec<Seq>,
     /// Entries applied since the daemon started.
@@ -193,6 +195,10 @@ pub fn health(
         Some(problem) if problem.kind != ProblemKind::Origin => return Health::Error,
         problem => problem.is_some(),
     };
+    if !progress.late.is_empty() {
+        // This tree is not what the ledger says, and never will be by itself.
+        return Health::Error;
+    }
     match (progress.last_contact, progress.caught_up) {
         (None, _) if origin_problem || older(started) => Health::Stale,
         (Some(contact), _) if older(contact) => Health::Stale,
@@ -252,10 +258,20 @@ pub fn render_json(
         }
     };
     let foreign = ldb.is_some();
-    let health = match (foreign, unreadable) {
-        (true, Some(_)) => Health::Error,
+    let damage = progress.damage.as_ref().map(|reason| {
+        let what_to_do = if foreign {
+            "let the process that writes it build it anew"
+        } else {
+            "unmount, remove it and its -wal and -shm files, and mount: it is built anew from the \
+             ledger"
+        };
+        format!("the LDB is damaged ({reason}), so some reads fail; {what_to_do}")
+    });
+    let unreadable = unreadable.map(str::to_owned).or(damage);
+    let health = match (foreign, &unreadable) {
+        (_, Some(_)) => Health::Error,
         (true, None) => Health::Ok,
-        (false, _) => health(progress, info.started, info.stale_after, now),
+        (false, None) => health(progress, info.started, info.stale_after, now),
     };
     let problem = match (unreadable, &progress.problem) {
         (Some(reason), _) => json!({
@@ -405,6 +421,8 @@ mod tests {
         );
         let poison = |p: &mut Progress| p.problem = problem(ProblemKind::Statement);
         assert_eq!(judge(&poison, 101), Health::Error);
+        let late = |p: &mut Progress| p.late = vec![Seq::new(4)];
+        assert_eq!(judge(&late, 101), Health::Error);
     }
 
     fn rendered(progress: &Progress, follows: Follows<'_>) -> Json {

@@ -236,9 +236,9 @@ fn ldbs_that_are_none_are_refused() {
     };
     assert!(mount().contains("No such file"));
     fs::write(&file, "").unwrap();
-    assert!(mount().contains("it is no SQLite database"));
+    assert!(mount().contains("it holds no tables"));
     fs::write(&file, "something else altogether").unwrap();
-    assert!(mount().contains("it is no SQLite database"));
+    assert!(mount().contains("it is not a SQLite database"));
 }
 
 #[test]

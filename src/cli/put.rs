@@ -1,5 +1,7 @@
 //! `ctlfs put`: changes fields of one row; and the notations of values that `delete` shares.
 
+use std::num::{IntErrorKind, ParseIntError};
+
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use clap::Args;
@@ -146,7 +148,15 @@ fn from_text(ty: FieldType, text: &str) -> Result<Value, String> {
     let wrong = || format!("expected {}, found other text", expected(ty));
     match ty {
         FieldType::String | FieldType::Text => Ok(Value::text(text)),
-        FieldType::Integer => text.parse().map(Value::Integer).map_err(|_| wrong()),
+        FieldType::Integer => text
+            .parse()
+            .map(Value::Integer)
+            .map_err(|e: ParseIntError| match e.kind() {
+                IntErrorKind::PosOverflow | IntErrorKind::NegOverflow => {
+                    "the number does not fit into 64 bits with a sign".into()
+                }
+                _ => wrong(),
+            }),
         // Not "inf" and "NaN", which Rust reads too.
         FieldType::Decimal if text.bytes().any(|b| b.is_ascii_digit()) => {
             text.parse().map(Value::Real).map_err(|_| wrong())

@@ -34,7 +34,10 @@ pub struct StatusArgs {
 pub fn run(args: StatusArgs) -> Result<(), Error> {
     let path = match daemon::resolve(&args.mountpoint) {
         Ok(path) => path,
-        Err(error) => return not_mounted(&format!("{}: {error}", args.mountpoint.display())),
+        Err(error) => {
+            let path = args.mountpoint.display();
+            return not_mounted(&format!("cannot show the status of {path}: {error}"));
+        }
     };
     let mounted = daemon::mount_at(&path).map_err(Error::failed)?;
     if !mounted.is_some_and(|mount| mount.is_ctlfs()) {

@@ -97,8 +97,15 @@ pub(crate) fn fork() -> io::Result<Fork> {
         -1 => Err(io::Error::last_os_error()),
         0 => {
             drop(read);
-            leave_terminal()?;
-            Ok(Fork::Daemon(Reporter::Pipe(write)))
+            let mut reporter = Reporter::Pipe(write);
+            if let Err(error) = leave_terminal() {
+                // The caller says it; this side must not say it as well.
+                reporter.failed(&format!(
+                    "cannot go to the background: {error}; try --foreground"
+                ));
+                std::process::exit(1);
+            }
+            Ok(Fork::Daemon(reporter))
         }
         pid => Ok(Fork::Caller(Daemon { pid, pipe: read })),
     }
@@ -115,7 +122,13 @@ fn leave_terminal() -> io::Result<()> {
     let null = OpenOptions::new()
         .read(true)
         .write(true)
-        .open("/dev/null")?;
+        .open("/dev/null")
+        .map_err(|error| {
+            io::Error::new(
+                error.kind(),
+                format!("/dev/null cannot be opened ({error})"),
+            )
+        })?;
     for stream in 0..3 {
         redirect(&null, stream)?;
     }

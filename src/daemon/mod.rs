@@ -219,10 +219,7 @@ impl Feed {
     ) -> Result<Self, Error> {
         match &config.follow {
             Follow::Ldb { file, .. } => {
-                wiring::check_foreign_ldb(file).map_err(|reason| Error::ForeignLdb {
-                    path: file.clone(),
-                    reason,
-                })?;
+                wiring::identify_foreign_ldb(file)?;
                 Ok(Feed::Foreign(file.clone()))
             }
             Follow::Origin { url, poll_interval } => {

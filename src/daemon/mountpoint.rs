@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -197,7 +197,17 @@ fn check_fuse(path: &Path) -> Result<(), MountpointError> {
         })
     };
     match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
-        Ok(_) => {}
+        Ok(device) => {
+            // Containers like to cover devices with something harmless.
+            let metadata = device.metadata().map_err(|error| refused(path, error))?;
+            if metadata.rdev() != libc::makedev(10, 229) {
+                return no_fuse(
+                    "/dev/fuse is something other than the FUSE device; pass the device into the \
+                     container"
+                        .into(),
+                );
+            }
+        }
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             return no_fuse(
                 "/dev/fuse may not be opened (permission denied); give this user or container \

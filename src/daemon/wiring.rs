@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::ldb::{self, LdbError, LdbWriter};
-use crate::mount::{self, MountCounters, Source};
+use crate::mount::{self, MountCounters, MountError, Source};
 use crate::reflector::{Reflector, Settings, StopHandle};
 
 use super::{Error, users};
@@ -78,18 +78,30 @@ pub(super) fn open_ldb(path: PathBuf) -> Result<Ldb, Error> {
     })
 }
 
-/// Whether `path` can be read and begins like an SQLite database. What is in it is the mount's to
-/// judge. Only for the start: nothing may open the file beside SQLite once it is read.
-pub(super) fn check_foreign_ldb(path: &Path) -> Result<(), String> {
-    let none = || "it is no SQLite database".to_owned();
-    // An LDB of our own may be missing or empty at first.
-    if fs::metadata(path).map_err(|error| error.to_string())?.len() == 0 {
-        return Err(none());
+/// Whether `path` is an LDB. Everything that is in it is the mount's to read. Only for the start:
+/// nothing may open the file beside SQLite once it is read.
+pub(super) fn identify_foreign_ldb(path: &Path) -> Result<(), Error> {
+    // An LDB of our own may be missing at first.
+    fs::metadata(path).map_err(|error| Error::ForeignLdb {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })?;
+    ldb::check_foreign(path).map_err(|error| foreign_error(path, error))
+}
+
+/// What an error of an LDB means that is not ours to remove.
+fn foreign_error(path: &Path, error: LdbError) -> Error {
+    let reason = match error {
+        LdbError::NotAnLdb { reason, .. } => format!("{reason}; name the file of an LDB"),
+        LdbError::Corrupt { reason, .. } => {
+            format!("it is damaged ({reason}); let the process that writes it build it anew")
+        }
+        other => return Error::Ldb(other.to_string()),
+    };
+    Error::ForeignLdb {
+        path: path.to_owned(),
+        reason,
     }
-    ldb::check_header(path).map_err(|error| match error {
-        LdbError::Io { reason, .. } => reason,
-        _ => none(),
-    })
 }
 
 /// The ledger, not connected yet.
@@ -134,8 +146,12 @@ pub(super) fn mount(
         };
         status(&shown, counters.trouble.as_deref())
     });
-    mount::mount(settings, render, Arc::clone(board))
-        .map_err(|error| Error::Mount(error.to_string()))
+    mount::mount(settings, render, Arc::clone(board)).map_err(|error| {
+        match (error, &config.follow) {
+            (MountError::Ldb(error), Follow::Ldb { file, .. }) => foreign_error(file, error),
+            (error, _) => Error::Mount(error.to_string()),
+        }
+    })
 }
 
 /// The running reflector.

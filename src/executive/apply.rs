@@ -2,6 +2,7 @@
 //! rows what the document says. Everything is compared with the origin and checked before the
 //! first change is made; doing it again changes nothing.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use base64::Engine;
@@ -222,8 +223,18 @@ fn prepare_table(
         }
     };
     let mut rows = Vec::with_capacity(part.rows.len());
+    // Two rows with one key would undo each other every time the document is applied.
+    let mut keys: HashMap<Vec<u8>, usize> = HashMap::with_capacity(part.rows.len());
     for (index, row) in part.rows.into_iter().enumerate() {
-        rows.push(prepare_row(document, &table, &schema, index + 1, row)?);
+        let (line, number) = (row.line, index + 1);
+        let values = prepare_row(document, &table, &schema, number, row)?;
+        if let Some(first) = keys.insert(key_bytes(&schema, &values), number) {
+            return Err(document.error(
+                line,
+                format!("{table} row {number} has the same key as row {first}; remove one of them"),
+            ));
+        }
+        rows.push(values);
     }
     Ok(Prepared {
         table,
@@ -231,6 +242,23 @@ fn prepare_table(
         add,
         rows,
     })
+}
+
+/// The key of a row as bytes: two rows have the same when they are one row.
+fn key_bytes(schema: &TableSchema, values: &[(FieldName, Value)]) -> Vec<u8> {
+    let mut key = Vec::new();
+    for field in schema.key_fields() {
+        match values.iter().find(|(name, _)| *name == field.name) {
+            Some((_, Value::Integer(i))) => key.extend(i.to_be_bytes()),
+            Some((_, value)) => {
+                let bytes = value.bytes().unwrap_or_default();
+                key.extend(bytes.len().to_be_bytes());
+                key.extend(bytes);
+            }
+            None => {}
+        }
+    }
+    key
 }
 
 fn declared_fields(
@@ -334,6 +362,10 @@ fn value(ty: FieldType, node: Node, directory: &Path) -> Result<Value, String> {
         (FieldType::Integer | FieldType::Decimal, Node::Integer(i)) => Ok(Value::Integer(i)),
         (FieldType::Integer, Node::Bool(b)) => Ok(Value::Integer(b.into())),
         (FieldType::Integer, Node::Huge) => {
+            Err("the number does not fit into 64 bits with a sign".into())
+        }
+        // The parser has made a decimal of digits that are too many for any integer.
+        (FieldType::Integer, Node::Decimal(d)) if d.abs() >= 1.8e19 => {
             Err("the number does not fit into 64 bits with a sign".into())
         }
         (FieldType::Decimal, Node::Huge) => {

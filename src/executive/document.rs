@@ -202,6 +202,10 @@ fn message(error: &serde_saphyr::Error) -> String {
         None => &text,
     };
     let text = text.strip_prefix("error: ").unwrap_or(text);
+    // The parser's advice is for programs that call it.
+    let text = text
+        .split_once(", set DuplicateKeyPolicy")
+        .map_or(text, |(text, _)| text);
     text.split('\n').next().unwrap_or(text).trim().to_owned()
 }
 

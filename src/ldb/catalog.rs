@@ -35,7 +35,7 @@ pub(super) fn config_tables(conn: &Connection) -> rusqlite::Result<Vec<TableRef>
 fn load_table(conn: &Connection, name: &TableRef) -> rusqlite::Result<Result<Table, String>> {
     let sql_name = name.sql_name();
     let without_rowid: bool = conn
-        .prepare_cached("SELECT wr FROM pragma_table_list WHERE schema = 'main' AND name = ?1")?
+        .prepare_cached("SELECT wr FROM pragma_table_list(?1) WHERE schema = 'main'")?
         .query_row([&sql_name], |row| row.get(0))?;
     let mut statement =
         conn.prepare_cached("SELECT name, type, pk FROM pragma_table_info(?1, 'main')")?;

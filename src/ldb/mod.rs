@@ -29,7 +29,7 @@ use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, ErrorCode};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 pub use batch::{ApplyError, Batch};
 pub use writer::{Digest, LdbWriter, Position, statement_digest};
@@ -182,6 +182,21 @@ pub fn check_header(path: &Path) -> Result<(), LdbError> {
             path: path.to_owned(),
             reason: "it is not a SQLite database".into(),
         })
+    }
+}
+
+/// Refuses what another process's reflector cannot have written; changes nothing.
+pub fn check_foreign(path: &Path) -> Result<(), LdbError> {
+    check_header(path)?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let conn = Connection::open_with_flags(path, flags)
+        .map_err(|e| LdbError::from_sqlite(path, "open", &e))?;
+    match identify(&conn, path)? {
+        Contents::Empty => Err(LdbError::NotAnLdb {
+            path: path.to_owned(),
+            reason: "it holds no tables".into(),
+        }),
+        Contents::Ctlstore | Contents::Ctlfs => Ok(()),
     }
 }
 

@@ -89,6 +89,17 @@ impl Reader {
         self.snapshot(|reader| catalog::load(&reader.connection))
     }
 
+    /// The LDB's position.
+    pub fn position(&mut self) -> rusqlite::Result<Seq> {
+        Ok(self.snapshot(|_| Ok(()))?.seq)
+    }
+
+    /// A number that changes whenever a table is created, altered or dropped.
+    pub fn schema_version(&mut self) -> rusqlite::Result<i64> {
+        self.connection
+            .query_row("PRAGMA schema_version", [], |row| row.get(0))
+    }
+
     /// A number that changes whenever another connection commits.
     pub fn data_version(&mut self) -> rusqlite::Result<i64> {
         self.connection
@@ -218,7 +229,7 @@ impl Reader {
             let mut after = after.cloned();
             // Each round is one range scan; a run of equal values ends it early and seeks on.
             loop {
-                let more = reader.keys_from(table, prefix, after.as_ref(), None, |value| {
+                let more = reader.range(table, prefix, None, after.as_ref(), None, |value| {
                     keys.push(value);
                     keys.len() < limit
                 })?;
@@ -279,17 +290,6 @@ impl Reader {
             }
             Ok(None)
         })
-    }
-
-    fn keys_from(
-        &self,
-        table: &Table,
-        prefix: &[Value],
-        after: Option<&Value>,
-        end: Option<&Value>,
-        take: impl FnMut(Value) -> bool,
-    ) -> rusqlite::Result<bool> {
-        self.range(table, prefix, None, after, end, take)
     }
 
     /// Scans the key part behind `prefix` and hands each different value to `take` until that

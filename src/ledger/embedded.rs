@@ -48,7 +48,12 @@ impl EmbeddedOrigin {
             .map(|m| (m.dev(), m.ino()))
             .map_err(|e| OriginError::Unreachable {
                 origin: origin.clone(),
-                reason: e.to_string(),
+                reason: match e.kind() {
+                    std::io::ErrorKind::NotFound => format!(
+                        "{e}; check the path, or create a new ledger there with 'ctlfs init'"
+                    ),
+                    _ => e.to_string(),
+                },
             })?;
         let open = match self.open.take() {
             Some(open) if open.file == file => open,

@@ -82,7 +82,12 @@ impl SessionError {
         match error {
             Error::Io(IoError::Io(e)) => OriginError::Unreachable {
                 origin,
-                reason: e.to_string(),
+                reason: match e.kind() {
+                    std::io::ErrorKind::ConnectionRefused => {
+                        format!("{e}; check the host and port, and that the server runs")
+                    }
+                    _ => e.to_string(),
+                },
             },
             Error::Io(IoError::Tls(e)) => OriginError::Failed {
                 origin,

@@ -159,10 +159,10 @@ fn push_decimal(out: &mut String, value: f64) {
     }
 }
 
-/// The beginning of a statement for a log or `status.json`, with every literal in quotes replaced
-/// by `'…'` or `x'…'`: at most [`MAX_HEAD`] characters, on one line. Numbers and names may stay.
-/// What follows a quote that is never closed is hidden, and so are comments: an apostrophe in one
-/// would turn the rest inside out.
+/// The beginning of a statement for a log or `status.json`, up to its `VALUES(…` or its first
+/// literal in quotes, which is replaced by `'…'` or `x'…'`: at most [`MAX_HEAD`] characters, on one
+/// line. Numbers and names before that may stay. Comments are hidden: an apostrophe in one would
+/// turn the rest inside out.
 pub fn head(statement: &str) -> String {
     let marker = statement.trim();
     if marker == BEGIN_MARKER || marker == COMMIT_MARKER {
@@ -187,6 +187,12 @@ pub fn head(statement: &str) -> String {
                         Some(_) => {}
                     }
                 }
+                // An apostrophe that was not doubled ends a literal too early: from here on, what
+                // stands outside of quotes can be a value.
+                if rest.peek().is_some() {
+                    out.push('…');
+                }
+                break;
             }
             '-' if rest.peek() == Some(&'-') => {
                 out.push_str("--…");
@@ -232,6 +238,10 @@ pub fn head(statement: &str) -> String {
                 out.push(close);
             }
             c if c.is_whitespace() || c.is_control() => out.push_space(),
+            '(' if out.ends_with_values() => {
+                out.push_str("(…");
+                break;
+            }
             c => out.push(c),
         }
     }
@@ -256,6 +266,12 @@ impl Head {
 
     fn push_str(&mut self, text: &str) {
         text.chars().for_each(|c| self.push(c));
+    }
+
+    /// Whether what comes next in parentheses are values, quoted or not.
+    fn ends_with_values(&self) -> bool {
+        let word = self.text.trim_end().rsplit(' ').next();
+        word.is_some_and(|word| word.eq_ignore_ascii_case("VALUES"))
     }
 
     fn push_space(&mut self) {
@@ -419,15 +435,19 @@ mod tests {
         for (statement, expected) in [
             (
                 "DELETE FROM app___t WHERE \"k\" = 'it''s' AND \"b\" = x'01'",
-                "DELETE FROM app___t WHERE \"k\" = '…' AND \"b\" = x'…'",
+                "DELETE FROM app___t WHERE \"k\" = '…'…",
+            ),
+            (
+                "INSERT INTO t VALUES(1,'it's never doubled')",
+                "INSERT INTO t VALUES(…",
             ),
             (
                 "INSERT INTO t VALUES('never closed",
-                "INSERT INTO t VALUES('…'",
+                "INSERT INTO t VALUES(…",
             ),
             (
                 "INSERT INTO t VALUES(\"never closed",
-                "INSERT INTO t VALUES(\"…\"",
+                "INSERT INTO t VALUES(…",
             ),
             ("a  \n\t b", "a b"),
             ("SELECT \"a b\", `c`, [d]", "SELECT \"…\", `c`, [d]"),
@@ -438,7 +458,7 @@ mod tests {
             ),
             (
                 "/* don't **/ DELETE FROM t WHERE a='secret'-1",
-                "/*…*/ DELETE FROM t WHERE a='…'-1",
+                "/*…*/ DELETE FROM t WHERE a='…'…",
             ),
             (
                 "DELETE FROM t # don't\n; SELECT 'secret'",

@@ -45,10 +45,13 @@ impl Server {
         }
         let version = Version {
             bytes: Some(self.keeper.keep(bytes.clone())),
-            time: SystemTime::now().into(),
+            mark: Mark {
+                seq: Seq::ZERO,
+                time: SystemTime::now().into(),
+            },
         };
         let mut state = self.state();
-        let (size, time) = (bytes.len() as u64, version.time);
+        let (size, time) = (bytes.len() as u64, version.mark.time);
         let entered = state.enter_frozen(Node::ControlFile(file), version);
         let handed = Handed {
             ino: entered.ino,
@@ -75,7 +78,7 @@ impl Server {
         let mut state = self.state();
         let handed = state.controls.get(&file).filter(|handed| will_do(handed))?;
         let (ino, size) = (handed.ino, handed.bytes.len() as u64);
-        let time = state.slot(ino)?.version.as_ref()?.time;
+        let time = state.slot(ino)?.version.as_ref()?.mark.time;
         let entered = state.enter_again(ino)?;
         drop(state);
         Some(self.control_entry(file, &entered, size, time))

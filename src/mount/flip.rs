@@ -14,7 +14,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::state::{ROOT, Slot, State};
+use super::state::{ROOT, Slot, State, Version};
 use crate::model::{
     Catalog, ChangeSet, Extent, FieldSet, Key, RowKind, Seq, TableChange, TableRef,
 };
@@ -107,9 +107,9 @@ impl Transition {
         }
     }
 
-    /// Whether anything in `table` may change.
-    pub(super) fn is_whole(&self, table: &TableRef) -> bool {
-        matches!(self.tables.get(table), Some(Touched::Whole { .. }))
+    /// Whether anything in `table` changes.
+    pub(super) fn touches(&self, table: &TableRef) -> bool {
+        self.tables.contains_key(table)
     }
 
     fn touch(&self, node: &Node) -> Touch {
@@ -122,6 +122,8 @@ impl Transition {
             };
         };
         match (self.tables.get(&**table), node) {
+            // Directories above rows carry the time of the last change of the set of tables.
+            (None, Node::Dir(..)) if self.catalog.is_some() => Touch::Attributes,
             (None, _) => Touch::None,
             (Some(Touched::Whole { .. }), _) => Touch::Entry,
             (Some(Touched::Rows { .. }), Node::Table(_)) => Touch::Attributes,
@@ -356,16 +358,16 @@ impl State {
         self.advance(transition.to, transition.catalog);
     }
 
-    /// The commit has failed: everything stays as it was.
-    pub(super) fn abandon(&mut self) {
+    /// The commit has failed: everything stays as it was. Returns the versions that were kept for
+    /// nothing, to be dropped when the lock is not held.
+    pub(super) fn abandon(&mut self) -> Vec<Arc<Version>> {
         let Some(transition) = self.transition.take() else {
-            return;
+            return Vec::new();
         };
-        for ino in transition.collected.into_iter().chain(transition.late) {
-            if let Some(slot) = self.slot_mut(ino) {
-                slot.version = None;
-            }
-        }
+        let inodes = transition.collected.into_iter().chain(transition.late);
+        inodes
+            .filter_map(|ino| self.slot_mut(ino)?.version.take())
+            .collect()
     }
 
     fn drop_rows(&mut self, transition: &Transition) {

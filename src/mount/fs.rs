@@ -16,6 +16,7 @@ use fuser::{
 
 use super::counters::{Operation, Requests};
 use super::server::{Attributes, Fault, Lookup, Server};
+use crate::ldb::LdbError;
 
 /// What a listing reports for an inode that the kernel has not looked up: a number that no file
 /// has, as libfuse does.
@@ -61,6 +62,8 @@ fn errno(fault: &Fault) -> Errno {
         Fault::Stale => Errno::ESTALE,
         Fault::NoAttribute => Errno::NO_XATTR,
         Fault::NotADirectory => Errno::ENOTDIR,
+        // Logged where it was found; a reader that tries again must not fill the log.
+        Fault::Ldb(LdbError::Corrupt { .. } | LdbError::NotAnLdb { .. }) => Errno::EIO,
         Fault::Ldb(_) | Fault::Kept(_) | Fault::Restless => {
             tracing::error!(%fault, "cannot answer a reader");
             Errno::EIO
@@ -134,7 +137,7 @@ impl Filesystem for Fs {
         {
             self.skip_open = false;
             self.requests.fall_back(
-                "every open asks the daemon, so reads are slower (no FUSE_NO_OPEN_SUPPORT; Linux 4.20 has it)",
+                "every open asks the daemon, so reads are slower (no FUSE_NO_OPEN_SUPPORT)",
             );
         }
         Ok(())

@@ -48,7 +48,7 @@ impl Server {
             .cloned()
             .ok_or(Fault::Stale)?;
         let mut directory = directory.lock().unwrap_or_else(PoisonError::into_inner);
-        if offset == 0 {
+        if offset == 0 || directory.fixed.is_empty() {
             let fixed = self.fixed_entries(&directory)?;
             directory.rewind(fixed);
         }
@@ -69,6 +69,9 @@ impl Server {
         offset: u64,
         add: &mut AddEntry<'_>,
     ) -> Result<(), Fault> {
+        if self.is_gone(directory) {
+            return Ok(());
+        }
         let prefix = directory.prefix();
         let Some(name) = directory.node.table().cloned() else {
             return Ok(());
@@ -122,6 +125,9 @@ impl Server {
                 ..fixed(name, true)
             });
         }
+        if self.is_gone(directory) {
+            return Ok(entries);
+        }
         match &directory.node {
             Node::Root => {
                 let view = self.state().view();
@@ -148,7 +154,7 @@ impl Server {
                 } = self.inspect(directory.ino)?
                     && let Content::Row(table, row) = found.content
                 {
-                    let fields = table.schema.fields().iter().zip(&row.values);
+                    let fields = table.schema.fields().iter().zip(&row.row.values);
                     let set = fields.filter(|(_, value)| !value.is_null());
                     entries.extend(set.map(|(field, _)| fixed(field.name.as_str(), false)));
                     entries.push(fixed(node::ROW_JSON, false));
@@ -159,6 +165,12 @@ impl Server {
             }
         }
         Ok(entries)
+    }
+
+    /// Whether the directory was removed while it was open: it is empty then, for good.
+    fn is_gone(&self, directory: &OpenDir) -> bool {
+        let state = self.state();
+        state.slot(directory.ino).is_none_or(|slot| slot.detached)
     }
 
     fn directories(&self) -> MutexGuard<'_, HashMap<u64, Arc<Mutex<OpenDir>>>> {

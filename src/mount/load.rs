@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 use std::hash::BuildHasher;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::server::{Attributes, Content, Fault, Found, Server};
 use super::state::View;
@@ -13,6 +13,28 @@ use crate::model::{Table, TableRef};
 use crate::tree::access::Access;
 use crate::tree::node::{Node, RowFile, SharedKey, TableFile};
 use crate::tree::render;
+
+/// A row as it is kept, with what was made from it.
+#[derive(Debug)]
+pub(super) struct CachedRow {
+    pub(super) row: Row,
+    json: OnceLock<Box<[u8]>>,
+}
+
+impl CachedRow {
+    fn new(row: Row) -> Self {
+        CachedRow {
+            row,
+            json: OnceLock::new(),
+        }
+    }
+
+    /// The row as `row.json` shows it. A large file is read in many parts: made once.
+    fn json(&self, table: &Table) -> &[u8] {
+        self.json
+            .get_or_init(|| render::row_json(&table.schema, &self.row.values).into())
+    }
+}
 
 impl Server {
     /// What there is to say of a place in this view; `None` if it does not exist.
@@ -90,19 +112,17 @@ impl Server {
         let row = self.row(view, table, node.table(), key)?;
         let value = row.value.and_then(|row| {
             let size = match node {
-                Node::RowFile(_, _, RowFile::Json) => {
-                    render::row_json(&table.schema, &row.values).len() as u64
-                }
+                Node::RowFile(_, _, RowFile::Json) => row.json(table).len() as u64,
                 Node::RowFile(_, _, RowFile::Field(index)) => {
                     let index = usize::from(*index);
                     let field = table.schema.fields().get(index)?;
-                    render::field_len(field.ty, row.values.get(index)?, self.newline)?
+                    render::field_len(field.ty, row.row.values.get(index)?, self.newline)?
                 }
                 _ => 0,
             };
             Some(Found {
                 size,
-                mark: row.mark,
+                mark: row.row.mark,
                 content: Content::Row(Arc::clone(table), row),
             })
         });
@@ -143,7 +163,7 @@ impl Server {
         table: &Arc<Table>,
         name: Option<&Arc<TableRef>>,
         key: &SharedKey,
-    ) -> Result<At<Option<Arc<Row>>>, Fault> {
+    ) -> Result<At<Option<Arc<CachedRow>>>, Fault> {
         let Some(name) = name else {
             return Ok(At {
                 seq: view.seq,
@@ -152,7 +172,8 @@ impl Server {
         };
         {
             let mut state = self.state();
-            if state.view().seq == view.seq
+            let now = state.view();
+            if (now.seq, now.epoch) == (view.seq, view.epoch)
                 && let Some(row) = state.rows().get(name, key)
             {
                 return Ok(At {
@@ -162,10 +183,10 @@ impl Server {
             }
         }
         let read = self.read(|reader| reader.row(table, key))?;
-        let row = read.value.map(Arc::new);
+        let row = read.value.map(|row| Arc::new(CachedRow::new(row)));
         if let Some(row) = &row {
             let mut state = self.state();
-            if state.settle(view, read.seq) {
+            if state.may_keep(view, read.seq) {
                 state.rows().insert(name, key, Arc::clone(row));
             }
         }
@@ -176,28 +197,19 @@ impl Server {
     }
 
     /// The bytes of a file, from what was loaded of it.
-    pub(super) fn bytes(&self, node: &Node, found: &Found) -> Option<Vec<u8>> {
+    pub(super) fn bytes<'a>(&self, node: &Node, found: &'a Found) -> Option<Cow<'a, [u8]>> {
         match (&found.content, node) {
-            (Content::Bytes(bytes), _) => Some(bytes.clone()),
+            (Content::Bytes(bytes), _) => Some(Cow::Borrowed(bytes)),
             (Content::Row(table, row), Node::RowFile(_, _, RowFile::Json)) => {
-                Some(render::row_json(&table.schema, &row.values))
+                Some(Cow::Borrowed(row.json(table)))
             }
             (Content::Row(table, row), Node::RowFile(_, _, RowFile::Field(index))) => {
-                self.field(table, row, *index).map(Cow::into_owned)
+                let index = usize::from(*index);
+                let field = table.schema.fields().get(index)?;
+                render::field_bytes(field.ty, row.row.values.get(index)?, self.newline)
             }
             _ => None,
         }
-    }
-
-    pub(super) fn field<'a>(
-        &self,
-        table: &Table,
-        row: &'a Row,
-        index: u16,
-    ) -> Option<Cow<'a, [u8]>> {
-        let index = usize::from(index);
-        let field = table.schema.fields().get(index)?;
-        render::field_bytes(field.ty, row.values.get(index)?, self.newline)
     }
 
     pub(super) fn fingerprint(&self, node: &Node, found: Option<&Found>) -> u64 {
@@ -254,14 +266,16 @@ impl Server {
         match answer {
             Ok(answer) => Ok(Some(answer)),
             Err(error) => {
-                // A statement prepared for tables that are no longer there.
-                let now = self.read(Reader::catalog)?;
-                let mut state = self.state();
-                if state.settle(view, now.seq) {
+                // Perhaps it was prepared for tables that are no longer there.
+                if self.fingerprints {
+                    self.follow(true)?;
+                    let same = Arc::ptr_eq(&view.catalog, &self.state().view().catalog);
+                    return if same { Err(error.into()) } else { Ok(None) };
+                }
+                let now = self.read(Reader::position)?;
+                if self.state().settle(view, now) {
                     return Err(error.into());
                 }
-                drop(state);
-                self.catch_up()?;
                 Ok(None)
             }
         }
@@ -271,6 +285,16 @@ impl Server {
         &self,
         read: impl FnOnce(&mut Reader) -> rusqlite::Result<T>,
     ) -> Result<T, LdbError> {
-        self.readers.read(read)
+        let answer = self.readers.read(read);
+        if let Err(LdbError::Corrupt { reason, .. } | LdbError::NotAnLdb { reason, .. }) = &answer {
+            let mut known = false;
+            self.board
+                .update(|p| known = p.damage.replace(reason.clone()).is_some());
+            if !known {
+                // Once: every read of the damaged part comes this way.
+                tracing::error!(%reason, "the LDB is damaged: some reads fail");
+            }
+        }
+        answer
     }
 }

@@ -220,56 +220,74 @@ pub fn mount(
 fn watch(server: &Arc<Server>, interval: Duration) -> Result<Sender<()>, LdbError> {
     let (stop, stopped) = channel();
     let server = Arc::clone(server);
-    let mut reader = Reader::open(server.ldb())?;
+    let mut watched = Watched {
+        reader: Reader::open(server.ldb())?,
+        files: None,
+        seen: None,
+    };
     std::thread::spawn(move || {
-        let mut file = identity(server.ldb());
-        let mut seen = None;
-        let mut failing = false;
         while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-            let result = check(&server, &mut reader, &mut file, &mut seen);
-            // Once for each time it begins: this comes round several times a second.
-            if let Err(fault) = &result
-                && !failing
+            let trouble = watched.check(&server).err().map(|fault| fault.to_string());
+            let mut before = server.trouble();
+            if let Some(trouble) = &trouble
+                && before.as_ref() != Some(trouble)
             {
-                tracing::warn!(%fault, "cannot check the LDB for changes");
+                tracing::warn!(%trouble, "cannot follow the LDB");
             }
-            failing = result.is_err();
+            *before = trouble;
         }
     });
     Ok(stop)
 }
 
-/// Device and inode of a file.
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
+/// A foreign LDB as it was last looked at.
+struct Watched {
+    reader: Reader,
+    /// Device and inode of the LDB and of its log.
+    files: Option<[Option<(u64, u64)>; 2]>,
+    /// `PRAGMA schema_version` and `PRAGMA data_version`.
+    seen: Option<(i64, i64)>,
 }
 
-/// One look at a foreign LDB: whether another file stands in its place (a snapshot is put there by
-/// renaming), or somebody has committed.
-fn check(
-    server: &Server,
-    reader: &mut Reader,
-    file: &mut Option<(u64, u64)>,
-    seen: &mut Option<i64>,
-) -> Result<(), server::Fault> {
-    let now = identity(server.ldb());
-    if now.is_some() && now != *file {
-        *reader = Reader::open(server.ldb())?;
-        server.readers.reopen();
-        server.follow()?;
-        *file = now;
-        *seen = None;
+impl Watched {
+    /// One look: whether other files stand in the place of those that are open (a snapshot is put
+    /// there by renaming), or somebody has committed.
+    ///
+    /// The files are only ever looked at by name. To open and close the LDB would take away the
+    /// locks that SQLite holds on it for this whole process, as POSIX has it.
+    fn check(&mut self, server: &Server) -> Result<(), server::Fault> {
+        let ldb = server.ldb();
+        let identity = |path: &Path| {
+            use std::os::unix::fs::MetadataExt;
+            std::fs::metadata(path).map(|m| (m.dev(), m.ino()))
+        };
+        let missing = |error: std::io::Error| LdbError::Io {
+            path: ldb.to_owned(),
+            action: "check",
+            reason: error.to_string(),
+        };
+        let files = [
+            Some(identity(ldb).map_err(missing)?),
+            identity(&crate::ldb::sidecar(ldb, "-wal")).ok(),
+        ];
+        if self.files.is_some_and(|before| before != files) {
+            self.reader = Reader::open(ldb)?;
+            server.readers.reopen();
+            server.board.update(|p| p.damage = None);
+            self.seen = None;
+        }
+        let seen = self
+            .reader
+            .schema_version()
+            .and_then(|schema| Ok((schema, self.reader.data_version()?)))
+            .map_err(|error| LdbError::from_sqlite(ldb, "check", &error))?;
+        if self.seen != Some(seen) {
+            server.follow(self.seen.is_none_or(|before| before.0 != seen.0))?;
+        }
+        self.files = Some(files);
+        self.seen = Some(seen);
+        Ok(())
     }
-    let version = reader
-        .data_version()
-        .map_err(|error| LdbError::from_sqlite(server.ldb(), "check", &error))?;
-    if *seen != Some(version) {
-        server.follow()?;
-        *seen = Some(version);
-    }
-    Ok(())
 }
 
 impl Mounted {
@@ -300,10 +318,20 @@ impl Mounted {
         let Some(session) = self.session.take() else {
             return Ok(());
         };
-        session.join().map_err(|source| MountError::Broken {
+        // What else is in it would unmount by path once more; by then something else may be there.
+        let session = std::mem::ManuallyDrop::new(session);
+        // SAFETY: `session` is neither used nor dropped after this, so the handle has one owner.
+        let guard = unsafe { std::ptr::read(&session.guard) };
+        let broken = |source| MountError::Broken {
             mountpoint: self.mountpoint.clone(),
             source,
-        })
+        };
+        match guard.join() {
+            Ok(ended) => ended.map_err(broken),
+            Err(_) => Err(broken(std::io::Error::other(
+                "a thread of the session panicked",
+            ))),
+        }
     }
 }
 
@@ -335,7 +363,7 @@ fn detach(mountpoint: &Path) -> std::io::Result<()> {
     use std::os::unix::ffi::OsStrExt;
     let path = std::ffi::CString::new(mountpoint.as_os_str().as_bytes())?;
     // SAFETY: `path` is a NUL-terminated string that outlives the call.
-    if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) } == 0 {
+    if unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH | libc::UMOUNT_NOFOLLOW) } == 0 {
         return Ok(());
     }
     let error = std::io::Error::last_os_error();

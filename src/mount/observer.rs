@@ -60,24 +60,35 @@ impl<K: Kernel> Flipper<K> {
         }
     }
 
-    /// Keeps the old bytes of `plan`'s files, then invalidates its entries.
+    /// Invalidates the entries of `plan`, then keeps the old bytes of those files that the kernel
+    /// did not forget thereby: the ones that somebody has open.
     fn carry_out(&mut self, plan: Plan) {
+        for (parent, name) in plan.entries {
+            let sent = self.kernel.invalidate_entry(parent, &name);
+            self.note(sent);
+        }
         for (ino, node) in plan.keep {
+            if self
+                .server
+                .state()
+                .slot(ino)
+                .is_none_or(|slot| slot.version.is_some())
+            {
+                continue;
+            }
             match self.server.old_version(&node) {
                 Ok(version) => {
-                    let mut state = self.server.state();
-                    if let (Some(version), Some(slot)) = (version, state.slot_mut(ino)) {
-                        slot.version.get_or_insert_with(|| Arc::new(version));
+                    let version = version.map(Arc::new);
+                    if let (Some(version), Some(slot)) =
+                        (&version, self.server.state().slot_mut(ino))
+                    {
+                        slot.version.get_or_insert_with(|| Arc::clone(version));
                     }
                 }
                 Err(fault) => {
                     tracing::error!(%fault, "an open file may lose its content: its old version cannot be kept");
                 }
             }
-        }
-        for (parent, name) in plan.entries {
-            let sent = self.kernel.invalidate_entry(parent, &name);
-            self.note(sent);
         }
         // Until the commit they are handed out for no time at all.
         self.invalidate_attributes(plan.attributes.iter().copied());
@@ -169,6 +180,7 @@ impl<K: Kernel> CommitObserver for Flipper<K> {
     }
 
     fn commit_failed(&mut self, _: &ChangeSet) {
-        self.server.state().abandon();
+        let kept = self.server.state().abandon();
+        drop(kept);
     }
 }

@@ -17,11 +17,12 @@ use std::time::{Duration, SystemTime};
 use super::dirs::OpenDirs;
 use super::flip::Touch;
 use super::kept::{Keeper, slice};
+use super::load::CachedRow;
 use super::readers::Readers;
 use super::state::{Entered, LONG, Lifetimes, State, Version, View};
 use super::{MountCounters, StatusSource};
 use crate::ldb::LdbError;
-use crate::ldb::reader::{At, Mark, Reader, Row};
+use crate::ldb::reader::{At, Mark, Reader};
 use crate::model::{LedgerTime, Seq, Table};
 use crate::status::StatusBoard;
 use crate::tree::access::AccessRules;
@@ -107,6 +108,8 @@ pub(super) struct Server {
     pub(super) newline: bool,
     pub(super) started: LedgerTime,
     pub(super) hasher: RandomState,
+    /// Why a foreign LDB cannot be followed at the moment, if so.
+    pub(super) trouble: Mutex<Option<String>>,
     /// Whether changes are found out by comparing contents, for want of a warning.
     pub(super) fingerprints: bool,
     pub(super) directories: OpenDirs,
@@ -126,7 +129,7 @@ pub(super) struct Found {
 pub(super) enum Content {
     None,
     Bytes(Vec<u8>),
-    Row(Arc<Table>, Arc<Row>),
+    Row(Arc<Table>, Arc<CachedRow>),
 }
 
 impl Server {
@@ -141,6 +144,7 @@ impl Server {
         let view = View {
             seq: catalog.seq,
             catalog: Arc::new(catalog.value),
+            epoch: 0,
         };
         Ok(Server {
             state: Mutex::new(State::new(view, settings.lifetimes, ROW_CACHE)),
@@ -150,6 +154,7 @@ impl Server {
             newline: settings.newline,
             started: settings.started.into(),
             hasher: RandomState::new(),
+            trouble: Mutex::default(),
             fingerprints: matches!(settings.lifetimes, Lifetimes::For(_)),
             directories: Mutex::default(),
             next_directory: AtomicU64::new(1),
@@ -267,8 +272,8 @@ impl Server {
                 drop(state);
                 let bytes = self.bytes(&node, found).unwrap_or_default();
                 version = Some(Arc::new(Version {
-                    bytes: Some(self.keeper.keep(bytes)),
-                    time: found.mark.time,
+                    bytes: Some(self.keeper.keep(bytes.into_owned())),
+                    mark: found.mark,
                 }));
                 continue;
             }
@@ -278,7 +283,7 @@ impl Server {
                     version.unwrap_or_else(|| {
                         Arc::new(Version {
                             bytes: None,
-                            time: found.mark.time,
+                            mark: found.mark,
                         })
                     })
                 });
@@ -289,7 +294,9 @@ impl Server {
 
     /// The kernel drops `count` references to `ino`.
     pub(super) fn forget(&self, ino: u64, count: u64) {
-        self.state().forget(ino, count);
+        let forgotten = self.state().forget(ino, count);
+        // Kept bytes go with it, perhaps from a file: not under the lock.
+        drop(forgotten);
     }
 
     /// The attributes of an inode, and how long they hold.
@@ -332,10 +339,7 @@ impl Server {
                 }
                 let found = Found {
                     size: version.bytes.as_ref().map_or(0, |b| b.len()),
-                    mark: Mark {
-                        seq: Seq::ZERO,
-                        time: version.time,
-                    },
+                    mark: version.mark,
                     content: Content::None,
                 };
                 // Until the commit, a version whose bytes are kept already still has its name.
@@ -394,7 +398,7 @@ impl Server {
                 Inode::Present { found, .. } => {
                     Ok(found.ok_or(Fault::Stale)?.mark.seq.to_string().into_bytes())
                 }
-                Inode::Fixed { .. } => Err(Fault::NoAttribute),
+                Inode::Fixed { version, .. } => Ok(version.mark.seq.to_string().into_bytes()),
             },
             _ => Err(Fault::NoAttribute),
         }
@@ -405,7 +409,7 @@ impl Server {
         let state = self.state();
         let slot = state.slot(ino).ok_or(Fault::Stale)?;
         let mut names = Vec::new();
-        if has_seq(&slot.node) && slot.version.is_none() {
+        if has_seq(&slot.node) {
             names.extend_from_slice(b"user.ctlfs.seq\0");
         }
         if self.type_of(&state.view(), &slot.node).is_some() {
@@ -428,6 +432,11 @@ impl Server {
         }
     }
 
+    /// Why a foreign LDB cannot be followed at the moment, if so.
+    pub(super) fn trouble(&self) -> MutexGuard<'_, Option<String>> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What the kernel holds and what is kept for it.
     pub(super) fn counters(&self) -> MountCounters {
         let (kept_bytes, spilled_bytes) = self.keeper.sizes();
@@ -440,6 +449,7 @@ impl Server {
             seq: view.seq,
             families: view.catalog.families().count() as u64,
             tables: view.catalog.len() as u64,
+            trouble: self.trouble().clone(),
             ..MountCounters::default()
         }
     }
@@ -451,20 +461,28 @@ impl Server {
         let Some(found) = self.load(&view, node)?.value else {
             return Ok(None);
         };
-        let time = found.mark.time;
         let bytes = self
             .bytes(node, &found)
-            .map(|bytes| self.keeper.keep(bytes));
-        Ok(Some(Version { bytes, time }))
+            .map(|bytes| self.keeper.keep(bytes.into_owned()));
+        Ok(Some(Version {
+            bytes,
+            mark: found.mark,
+        }))
     }
 
-    /// For an LDB that someone else writes: moves to where it stands now.
-    pub(super) fn follow(&self) -> Result<(), Fault> {
-        let now = self.read(Reader::catalog)?;
+    /// For an LDB that someone else writes: moves to where it stands now. The tables are read again
+    /// if `reshaped`.
+    pub(super) fn follow(&self, reshaped: bool) -> Result<(), Fault> {
+        let (seq, catalog) = if reshaped {
+            let now = self.read(Reader::catalog)?;
+            (now.seq, Some(now.value))
+        } else {
+            (self.read(Reader::position)?, None)
+        };
         let mut state = self.state();
-        let catalog = (*state.view().catalog != now.value).then(|| Arc::new(now.value));
-        state.advance(now.seq, catalog);
-        state.rows().clear();
+        let present = state.view().catalog;
+        let catalog = catalog.filter(|catalog| *catalog != *present);
+        state.follow(seq, catalog.map(Arc::new));
         Ok(())
     }
 
@@ -472,7 +490,7 @@ impl Server {
     /// already; without, this is where it does.
     pub(super) fn catch_up(&self) -> Result<(), Fault> {
         if self.fingerprints {
-            self.follow()
+            self.follow(true)
         } else {
             Ok(())
         }
@@ -502,7 +520,10 @@ impl Server {
                 // A directory that is gone, or a version whose bytes nobody kept.
                 let version = Arc::new(Version {
                     bytes: None,
-                    time: self.started,
+                    mark: Mark {
+                        seq: Seq::ZERO,
+                        time: self.started,
+                    },
                 });
                 return Ok(Inode::Fixed {
                     node,

@@ -13,8 +13,9 @@ use lru::LruCache;
 use super::control::Handed;
 use super::flip::{Touch, Transition};
 use super::kept::Kept;
-use crate::ldb::reader::Row;
-use crate::model::{Catalog, LedgerTime, Seq, TableRef};
+use super::load::CachedRow;
+use crate::ldb::reader::Mark;
+use crate::model::{Catalog, Seq, TableRef};
 use crate::tree::node::{ControlFile, Node, SharedKey};
 
 /// The inode of the mount point, as the kernel fixes it.
@@ -27,13 +28,16 @@ const ABSENT: Duration = Duration::from_secs(60);
 /// How many absent names are remembered at the most; beyond that they are not cached.
 const ABSENT_LIMIT: usize = 65_536;
 
+/// How often, at the most, the absent names are gone through for such as have expired.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+
 /// The bytes and time of a version that no longer follows the LDB.
 #[derive(Debug)]
 pub(super) struct Version {
     /// The content; `None` for directories.
     pub(super) bytes: Option<Arc<Kept>>,
-    /// Its modification time.
-    pub(super) time: LedgerTime,
+    /// The entry that made it.
+    pub(super) mark: Mark,
 }
 
 /// An inode that the kernel holds.
@@ -58,6 +62,8 @@ pub(super) struct View {
     pub(super) seq: Seq,
     /// The tables at that position.
     pub(super) catalog: Arc<Catalog>,
+    /// Goes up whenever a commit was found out afterwards.
+    pub(super) epoch: u64,
 }
 
 /// How an entry went to the kernel.
@@ -90,6 +96,7 @@ pub(super) struct State {
     next: u64,
     pub(super) transition: Option<Transition>,
     absent: HashMap<(u64, Box<[u8]>), Instant>,
+    swept: Instant,
     rows: RowCache,
     /// The latest versions of the control files.
     pub(super) controls: HashMap<ControlFile, Handed>,
@@ -106,16 +113,29 @@ impl State {
             next: ROOT,
             transition: None,
             absent: HashMap::new(),
+            swept: Instant::now(),
             rows: RowCache::new(row_bytes),
             controls: HashMap::new(),
         };
-        state.allocate(Node::Root, None, 0);
+        state.allocate(Node::Root, 0);
         state
     }
 
     /// What answers are to be computed against now.
     pub(super) fn view(&self) -> View {
         self.view.clone()
+    }
+
+    /// Whether a row that was read at `seq` for `view` may be kept and handed out later.
+    pub(super) fn may_keep(&mut self, view: &View, seq: Seq) -> bool {
+        self.settle(view, seq) && view.epoch == self.view.epoch
+    }
+
+    /// Moves to where an LDB is that someone else writes. What was read before is not kept.
+    pub(super) fn follow(&mut self, seq: Seq, catalog: Option<Arc<Catalog>>) {
+        self.view.epoch += 1;
+        self.rows.clear();
+        self.advance(seq, catalog);
     }
 
     /// Moves to another position. The caller has dealt with what changed in between.
@@ -128,7 +148,13 @@ impl State {
 
     /// Whether an answer computed against `view`, from data read at `seq`, holds now. If the data
     /// shows that the commit under way has happened, its flip is completed first.
+    ///
+    /// Where no commit is announced there is nothing to hold an answer to but the tables' shape: it
+    /// is right when it was read, and soon asked for again.
     pub(super) fn settle(&mut self, view: &View, seq: Seq) -> bool {
+        if matches!(self.lifetimes, Lifetimes::For(_)) {
+            return Arc::ptr_eq(&view.catalog, &self.view.catalog);
+        }
         if self.transition.as_ref().is_some_and(|t| t.to == seq) {
             self.finish();
         }
@@ -175,7 +201,7 @@ impl State {
                 if let Some(old) = self.ino(&node) {
                     self.detach(old);
                 }
-                self.allocate(node, None, fingerprint)
+                self.allocate(node, fingerprint)
             }
         };
         if let Some(slot) = self.slots.get_mut(&ino) {
@@ -246,7 +272,8 @@ impl State {
             Lifetimes::For(ttl) => ttl,
             Lifetimes::UntilNotified => {
                 let now = Instant::now();
-                if self.absent.len() >= ABSENT_LIMIT {
+                if self.absent.len() >= ABSENT_LIMIT && self.swept + SWEEP_EVERY <= now {
+                    self.swept = now;
                     self.absent.retain(|_, until| *until > now);
                 }
                 if self.absent.len() >= ABSENT_LIMIT {
@@ -275,21 +302,22 @@ impl State {
             .collect()
     }
 
-    /// The kernel has dropped `count` of its references to `ino`.
-    pub(super) fn forget(&mut self, ino: u64, count: u64) {
+    /// The kernel has dropped `count` of its references to `ino`. Returns the inode if that was the
+    /// last: to be dropped when the lock is not held, for kept bytes may be in a file.
+    pub(super) fn forget(&mut self, ino: u64, count: u64) -> Option<Slot> {
         if ino == ROOT {
-            return;
+            return None;
         }
-        let Some(slot) = self.slots.get_mut(&ino) else {
-            return;
-        };
+        let slot = self.slots.get_mut(&ino)?;
         slot.lookups = slot.lookups.saturating_sub(count);
-        if slot.lookups == 0
-            && let Some(slot) = self.slots.remove(&ino)
-            && self.inodes.get(&slot.node) == Some(&ino)
-        {
+        if slot.lookups > 0 {
+            return None;
+        }
+        let slot = self.slots.remove(&ino)?;
+        if self.inodes.get(&slot.node) == Some(&ino) {
             self.inodes.remove(&slot.node);
         }
+        Some(slot)
     }
 
     /// The place of `ino` moves on: the next lookup of it gets another inode.
@@ -321,12 +349,13 @@ impl State {
             return false;
         };
         match slot.node.table() {
-            Some(table) => transition.is_whole(table),
+            // A name too long to hold its key may be one of the rows that come.
+            Some(table) => transition.touches(table),
             None => transition.catalog.is_some(),
         }
     }
 
-    fn allocate(&mut self, node: Node, version: Option<Arc<Version>>, fingerprint: u64) -> u64 {
+    fn allocate(&mut self, node: Node, fingerprint: u64) -> u64 {
         let ino = if node == Node::Root {
             ROOT
         } else {
@@ -339,7 +368,7 @@ impl State {
             Slot {
                 node,
                 lookups: 0,
-                version,
+                version: None,
                 detached: false,
                 fingerprint,
             },
@@ -351,7 +380,7 @@ impl State {
 /// The rows read lately, within a bound of bytes.
 #[derive(Debug)]
 pub(super) struct RowCache {
-    rows: LruCache<(Arc<TableRef>, SharedKey), Arc<Row>>,
+    rows: LruCache<(Arc<TableRef>, SharedKey), Arc<CachedRow>>,
     bytes: usize,
     limit: usize,
 }
@@ -371,7 +400,7 @@ impl RowCache {
     }
 
     /// A row, if it was read lately.
-    pub(super) fn get(&mut self, table: &Arc<TableRef>, key: &SharedKey) -> Option<Arc<Row>> {
+    pub(super) fn get(&mut self, table: &Arc<TableRef>, key: &SharedKey) -> Option<Arc<CachedRow>> {
         self.rows
             .get(&(Arc::clone(table), Arc::clone(key)))
             .cloned()
@@ -379,7 +408,7 @@ impl RowCache {
 
     /// Keeps a row. The newest is kept whatever its size, so that a large file is not read from
     /// the LDB once for each part of it.
-    pub(super) fn insert(&mut self, table: &Arc<TableRef>, key: &SharedKey, row: Arc<Row>) {
+    pub(super) fn insert(&mut self, table: &Arc<TableRef>, key: &SharedKey, row: Arc<CachedRow>) {
         self.bytes += weight(&row);
         if let Some((_, old)) = self.rows.push((Arc::clone(table), Arc::clone(key)), row) {
             self.bytes -= weight(&old);
@@ -420,9 +449,10 @@ impl RowCache {
 }
 
 /// About how much memory a cached row takes.
-fn weight(row: &Row) -> usize {
+fn weight(row: &CachedRow) -> usize {
     const ENTRY: usize = 200;
     let values: usize = row
+        .row
         .values
         .iter()
         .map(|v| v.bytes().map_or(0, <[u8]>::len) + size_of_val(v))

@@ -331,3 +331,57 @@ fn what_the_kernel_forgets_is_forgotten() {
     world.server.forget(new.ino, 1);
     assert_eq!(world.server.counters().nodes, nodes);
 }
+
+#[test]
+fn a_long_name_that_is_about_to_come_is_not_remembered_as_absent() {
+    let mut world = World::new(&[TABLE, ROW]);
+    world.walk("app/flags/.seq").unwrap();
+    let key = "é".repeat(191);
+    let name = crate::tree::name::encode(
+        crate::model::FieldType::String,
+        &crate::model::Value::text(key.clone()),
+    )
+    .unwrap();
+    let path = format!("app/flags/{}", String::from_utf8(name).unwrap());
+    let (sender, receiver) = channel();
+    let server = Arc::clone(&world.server);
+    let during = path.clone();
+    let insert =
+        format!("REPLACE INTO app___flags (\"name\",\"on\",\"note\") VALUES('{key}',1,'x')");
+    world.commit_with(&[&insert], move || {
+        sender.send(walk(&server, &during).unwrap_err()).unwrap();
+    });
+    assert_eq!(receiver.try_recv().unwrap(), Duration::ZERO);
+    assert!(world.walk(&path).is_ok());
+}
+
+#[test]
+fn a_directory_that_is_gone_lists_nothing() {
+    let mut world = World::new(&[
+        r#"CREATE TABLE app___routes ("a" INTEGER, "b" INTEGER, PRIMARY KEY("a","b"));"#,
+        r#"REPLACE INTO app___routes ("a","b") VALUES(1,2)"#,
+    ]);
+    let (dir, _) = world.walk("app/routes/1").unwrap();
+    let handle = world.server.open_directory(dir.ino).unwrap();
+    world.commit(&[r#"DELETE FROM app___routes WHERE "a" = 1 AND "b" = 2"#]);
+    world.commit(&[r#"REPLACE INTO app___routes ("a","b") VALUES(1,3)"#]);
+    let mut names = Vec::new();
+    let mut add = |_, _, _, name: &[u8]| {
+        names.push(String::from_utf8(name.to_vec()).unwrap());
+        true
+    };
+    world.server.list(handle, 0, &mut add).unwrap();
+    assert_eq!(names, [".", ".."]);
+}
+
+#[test]
+fn a_version_that_is_kept_still_tells_its_sequence() {
+    let mut world = World::new(&[TABLE, ROW]);
+    let (note, _) = world.walk("app/flags/a/note").unwrap();
+    let before = world.server.xattr(note.ino, b"user.ctlfs.seq").unwrap();
+    world.commit(&[NEXT]);
+    assert_eq!(
+        world.server.xattr(note.ino, b"user.ctlfs.seq").unwrap(),
+        before
+    );
+}
