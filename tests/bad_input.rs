@@ -251,7 +251,7 @@ fn without_the_fuse_device_nothing_is_mounted() {
     fs::copy(env!("CARGO_BIN_EXE_ctlfs"), &program).unwrap();
     fs::create_dir(place.state()).unwrap();
     let nobody = Some(65534);
-    for path in [place.state(), place.mountpoint(), place.ledger()] {
+    for path in [place.mountpoint(), place.ledger()] {
         chown(path, nobody, nobody).unwrap();
     }
     let bare = "mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3;";
