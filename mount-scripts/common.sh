@@ -26,8 +26,8 @@ as_root() {
     fi
 }
 
-# install PACKAGE…: installs Debian packages; does nothing when there are none to install.
-install() {
+# install_packages PACKAGE…: installs Debian packages; does nothing when there are none to install.
+install_packages() {
     [ $# -gt 0 ] || return 0
     has apt-get || die "please install $* (or what your distribution calls them), then start this again"
     say "installing $*"
@@ -40,7 +40,10 @@ need_cargo() {
 }
 
 need_fuse() {
-    [ -e /dev/fuse ] || as_root modprobe fuse 2>/dev/null || true
+    if [ ! -e /dev/fuse ] && { [ "$(id -u)" -eq 0 ] || has sudo; }; then
+        # Whether it helped is seen below.
+        as_root modprobe fuse 2>/dev/null || true
+    fi
     [ -c /dev/fuse ] || die "/dev/fuse is missing, so nothing can be mounted; load the kernel module \
 'fuse', or start the container with --device /dev/fuse --cap-add SYS_ADMIN"
 }

@@ -3,12 +3,10 @@
 //! What is in [`Daemon`] needs no further checking; whether the outside world (mount point, origin,
 //! state directory) agrees is found out by the daemon itself.
 
-use std::fmt;
 use std::io;
 use std::num::NonZero;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
@@ -80,9 +78,6 @@ pub enum ConfigError {
     /// Longer than makes sense.
     #[error("a duration of more than a year is not possible; write it like 10ms, 1s or 5m")]
     LongDuration,
-    /// Not a size.
-    #[error("{0:?} is not a size; write it like 512, 64KiB, 64MiB or 2GiB")]
-    Size(String),
     /// A mount option that does not exist.
     #[error(
         "unknown mount option {0:?}; the options of -o are newline, allow_other, no_allow_other"
@@ -118,47 +113,6 @@ pub fn duration(text: &str) -> Result<Duration, ConfigError> {
         return Err(ConfigError::LongDuration);
     }
     Ok(duration)
-}
-
-/// A number of bytes, written as `512`, `64KiB`, `64MiB` or `2GiB`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Size(u64);
-
-const UNITS: [(&str, u32); 5] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)];
-
-impl Size {
-    /// The number of bytes.
-    pub const fn bytes(self) -> u64 {
-        self.0
-    }
-}
-
-impl FromStr for Size {
-    type Err = ConfigError;
-
-    fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let (number, shift) = UNITS
-            .iter()
-            .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)))
-            .unwrap_or((text, 0));
-        number
-            .trim_end()
-            .parse::<u64>()
-            .ok()
-            .and_then(|n| n.checked_mul(1 << shift))
-            .map(Size)
-            .ok_or_else(|| ConfigError::Size(text.to_owned()))
-    }
-}
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (unit, shift) = UNITS
-            .into_iter()
-            .find(|(_, shift)| self.0 >= 1 << shift && self.0.trailing_zeros() >= *shift)
-            .unwrap_or(("B", 0));
-        write!(f, "{}{unit}", self.0 >> shift)
-    }
 }
 
 /// The options of `-o`.
@@ -276,26 +230,6 @@ mod tests {
         }
         for default in [POLL_INTERVAL, CHECK_INTERVAL, STALE_AFTER] {
             assert!(duration(default).is_ok());
-        }
-    }
-
-    #[test]
-    fn sizes_read_and_show() {
-        for (text, bytes, shown) in [
-            ("0", 0, "0B"),
-            ("512", 512, "512B"),
-            ("1KiB", 1024, "1KiB"),
-            ("64MiB", 64 << 20, "64MiB"),
-            ("1536 MiB", 1536 << 20, "1536MiB"),
-            ("2GiB", 2 << 30, "2GiB"),
-            ("10B", 10, "10B"),
-        ] {
-            let size: Size = text.parse().unwrap();
-            assert_eq!(size.bytes(), bytes);
-            assert_eq!(size.to_string(), shown);
-        }
-        for bad in ["", "MiB", "1.5MiB", "64MB", "-1", "99999999TiB"] {
-            assert!(bad.parse::<Size>().is_err(), "{bad:?} was accepted");
         }
     }
 

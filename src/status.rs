@@ -114,6 +114,10 @@ pub struct Counters<'a> {
 pub struct StaticInfo<'a> {
     /// The daemon.
     pub pid: u32,
+    /// The inode of the PID namespace that this number is of.
+    pub pid_namespace: Option<u64>,
+    /// When the process started, in the kernel's ticks.
+    pub pid_started: Option<u64>,
     /// Where it is mounted.
     pub mountpoint: &'a Path,
     /// What it follows.
@@ -288,6 +292,8 @@ pub fn render_json(
     let mut status = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "pid": info.pid,
+        "pid_namespace": info.pid_namespace,
+        "pid_started": info.pid_started,
         "mountpoint": info.mountpoint.to_string_lossy(),
         "mode": mode,
         "origin": origin,
@@ -434,6 +440,8 @@ mod tests {
         };
         let info = StaticInfo {
             pid: 42,
+            pid_namespace: Some(4_026_531_836),
+            pid_started: Some(7),
             mountpoint: Path::new("/ctl"),
             follows,
             started: at(90),
@@ -459,6 +467,8 @@ mod tests {
         );
         for (pointer, value) in [
             ("/pid", json!(42)),
+            ("/pid_namespace", json!(4_026_531_836_u64)),
+            ("/pid_started", json!(7)),
             ("/mode", json!("origin")),
             ("/origin", json!("mysql://db:3306/ctl")),
             ("/ldb", Json::Null),

@@ -251,7 +251,7 @@ fn without_the_fuse_device_nothing_is_mounted() {
     fs::copy(env!("CARGO_BIN_EXE_ctlfs"), &program).unwrap();
     fs::create_dir(place.state()).unwrap();
     let nobody = Some(65534);
-    for path in [place.state(), place.mountpoint(), place.ledger()] {
+    for path in [place.mountpoint(), place.ledger()] {
         chown(path, nobody, nobody).unwrap();
     }
     let bare = "mount -t tmpfs none /dev; mknod -m 666 /dev/null c 1 3;";
@@ -431,7 +431,11 @@ fn ldbs_that_are_damaged_or_of_others_are_left_as_they_are() {
     let schema = [&good[..100], &garbage(good.len() - 100)].concat();
     let pages = [&good[..4096], &garbage(good.len() - 4096)].concat();
     for (bytes, own_says, foreign_says) in [
-        (garbage(9000), "not a SQLite database", "no SQLite database"),
+        (
+            garbage(9000),
+            "not a SQLite database",
+            "not a SQLite database",
+        ),
         (good[..50].to_vec(), "is damaged", "is damaged"),
         (good[..half + 100].to_vec(), "is damaged", "is damaged"),
         (schema, "is damaged", "is damaged"),
@@ -558,7 +562,11 @@ fn documents_with_mistakes_write_nothing() {
             ("key: [name]", "key: [name", ":7: "),
             ("  app:", "\tapp:", ":2: tabs"),
             ("  app:", "  app: 3", ":"),
-            (row, &twice, ":9: app/flags row 2 has the same key as the row on line 8"),
+            (
+                row,
+                &twice,
+                ":9: app/flags row 2 has the same key as the row on line 8",
+            ),
             (
                 "name: good",
                 &long,

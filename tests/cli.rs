@@ -203,7 +203,10 @@ fn ordinary_users_hear_what_they_may_not() {
     fs::create_dir(place.state()).unwrap();
     let said = mount_as_nobody(&place);
     assert!(said.contains("cannot use the state directory"), "{said}");
-    assert!(said.contains("Permission denied"), "{said}");
+    assert!(
+        said.contains("it belongs to another user (uid 0)"),
+        "{said}"
+    );
 
     chown(place.state(), Some(NOBODY), Some(NOBODY)).unwrap();
     let said = mount_as_nobody(&place);
@@ -233,9 +236,24 @@ fn ldbs_that_are_none_are_refused() {
     };
     assert!(mount().contains("No such file"));
     fs::write(&file, "").unwrap();
-    assert!(mount().contains("it is no SQLite database"));
+    assert!(mount().contains("it holds no tables"));
     fs::write(&file, "something else altogether").unwrap();
-    assert!(mount().contains("it is no SQLite database"));
+    assert!(mount().contains("it is not a SQLite database"));
+}
+
+#[test]
+fn an_origin_beside_an_ldb_is_refused_even_with_a_password() {
+    let place = Place::new();
+    let output = ctlfs()
+        .args(["mount", "--ldb", "ldb.db"])
+        .args(["--origin", "mysql://me:hidden@localhost/db"])
+        .arg(place.mountpoint())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let said = stderr(&output);
+    assert!(said.contains("cannot be used with"), "{said}");
+    assert!(!said.contains("hidden"), "{said}");
 }
 
 #[test]

@@ -10,8 +10,12 @@ mod common {
     pub mod daemon;
 }
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -355,6 +359,130 @@ fn an_ldb_of_somebody_else_is_mounted_as_it_is() {
     assert_eq!(second.wait(), Some(0));
     ok(&unmount(&place));
     first.wait_gone();
+}
+
+#[test]
+fn the_locks_on_somebody_elses_ldb_are_kept() {
+    let place = place();
+    let first = Background::start(&place);
+    let other = Place::new();
+    let ldb = place.state().join("ldb.db");
+    let mut command = ctlfs();
+    command
+        .args(["mount", "--foreground", "--check-interval", "10ms", "--ldb"])
+        .arg(&ldb)
+        .arg("--state")
+        .arg(other.state())
+        .arg(other.mountpoint());
+    let second = Daemon::start(command, &other.mountpoint());
+    // POSIX locks go when their process closes any descriptor of the file.
+    for _ in 0..20 {
+        assert_eq!(second.status()["health"], "ok");
+    }
+    let inode = format!(":{}", fs::metadata(&ldb).unwrap().ino());
+    let pid = second.pid().to_string();
+    let locks = fs::read_to_string("/proc/locks").unwrap();
+    let held = locks.lines().any(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words.contains(&"POSIX")
+            && words.contains(&pid.as_str())
+            && words.iter().any(|word| word.ends_with(&inode))
+    });
+    assert!(held, "{locks}");
+    drop(second);
+    ok(&unmount(&place));
+    first.wait_gone();
+}
+
+#[test]
+fn an_end_leaves_what_somebody_mounted_on_top() {
+    let place = place();
+    let mut daemon = Daemon::mount(&place, &[]);
+    mount_tmpfs(&place.mountpoint(), 0);
+    daemon.signal(libc::SIGTERM);
+    assert_eq!(daemon.wait(), Some(0));
+    let mounts = mounts_on(&place.mountpoint());
+    assert_eq!(mounts.len(), 2, "{mounts:?}");
+    assert!(mounts[1].contains(" - tmpfs "), "{mounts:?}");
+}
+
+#[test]
+fn root_mounts_in_a_read_only_file_system() {
+    let place = Place::new();
+    ok(&ctlfs_at(&place, &["init"]));
+    // Under the place's own mount point, so that it goes away with the place.
+    let outer = place.mountpoint();
+    mount_tmpfs(&outer, 0);
+    let inner = outer.join("ctl");
+    fs::create_dir(&inner).unwrap();
+    mount_tmpfs(&outer, libc::MS_REMOUNT | libc::MS_RDONLY);
+    assert!(fs::create_dir(outer.join("more")).is_err());
+    let mut command = ctlfs();
+    command
+        .args(["mount", "--foreground", "--origin", &place.origin()])
+        .arg("--state")
+        .arg(place.state())
+        .arg(&inner);
+    let mut daemon = Daemon::start(command, &inner);
+    daemon.signal(libc::SIGTERM);
+    assert_eq!(daemon.wait(), Some(0));
+}
+
+#[test]
+fn a_hangup_under_nohup_changes_nothing() {
+    let place = place();
+    let mut command =
+        common::daemon::mount_command(&place, &place.origin(), &["--poll-interval", "10ms"]);
+    // SAFETY: signal is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGHUP, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    let mut daemon = Daemon::start(command, &place.mountpoint());
+    daemon.signal(libc::SIGHUP);
+    ok(&ctlfs_at(
+        &place,
+        &["put", "app/flags", "name=one", "enabled=3"],
+    ));
+    wait_until("the change is visible", || enabled(&place) == "3");
+    daemon.signal(libc::SIGTERM);
+    assert_eq!(daemon.wait(), Some(0));
+}
+
+#[test]
+fn a_state_directory_that_was_open_to_others_is_closed() {
+    let place = place();
+    let daemon = Background::start(&place);
+    ok(&unmount(&place));
+    daemon.wait_gone();
+    let ldb = place.state().join("ldb.db");
+    fs::set_permissions(place.state(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(&ldb, fs::Permissions::from_mode(0o644)).unwrap();
+    let again = Background::start(&place);
+    let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
+    assert_eq!((mode(&place.state()), mode(&ldb)), (0o700, 0o600));
+    ok(&unmount(&place));
+    again.wait_gone();
+}
+
+/// Mounts a tmpfs on `path`, or changes it.
+fn mount_tmpfs(path: &Path, flags: libc::c_ulong) {
+    let target = CString::new(path.as_os_str().as_bytes()).unwrap();
+    let kind = c"tmpfs";
+    // SAFETY: the strings are NUL-terminated and outlive the call; no options are given.
+    let failed = unsafe {
+        libc::mount(
+            kind.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            flags,
+            std::ptr::null(),
+        )
+    } != 0;
+    let error = std::io::Error::last_os_error();
+    assert!(!failed, "cannot mount a tmpfs ({error}); run as root");
 }
 
 #[test]

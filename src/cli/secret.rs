@@ -36,7 +36,8 @@ pub fn hide(args: &[OsString]) -> Result<(), String> {
     ))
 }
 
-/// The arguments without `--origin`, and its value, if that carries a password.
+/// The arguments without `--origin`, and its value, if that carries a password. With `--ldb` both
+/// stay, for clap to refuse: an origin in the environment would be ignored in silence.
 fn split(args: &[OsString]) -> Option<(Vec<OsString>, OsString)> {
     let mut kept = Vec::with_capacity(args.len());
     let mut url = None;
@@ -46,6 +47,9 @@ fn split(args: &[OsString]) -> Option<(Vec<OsString>, OsString)> {
             kept.push(arg.clone());
             kept.extend(rest.cloned());
             break;
+        }
+        if arg == "--ldb" || arg.as_bytes().starts_with(b"--ldb=") {
+            return None;
         }
         let value = if arg == "--origin" { rest.next() } else { None };
         let joined = arg
@@ -120,6 +124,21 @@ mod tests {
             args(&["ctlfs", "mount", "--origin", "mysql://me@h/db", "/ctl"]),
             args(&["ctlfs", "mount", "--origin", "sqlite:///a:b/l.db", "/ctl"]),
             args(&["ctlfs", "mount", "--origin"]),
+            args(&[
+                "ctlfs",
+                "mount",
+                "--ldb",
+                "f",
+                "--origin",
+                "mysql://me:pw@h/db",
+            ]),
+            args(&[
+                "ctlfs",
+                "mount",
+                "--origin",
+                "mysql://me:pw@h/db",
+                "--ldb=f",
+            ]),
             args(&["ctlfs", "put", "--", "--origin", "mysql://me:pw@h/db"]),
             args(&["ctlfs", "put", "a/b", "note=mysql://me:pw@h/db"]),
         ] {

@@ -1,15 +1,13 @@
 //! `ctlfs unmount`: takes a ctlfs mount away and waits until its daemon is gone.
 
-use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueHint};
 
 use super::Error;
-use crate::daemon::{self, MountpointError};
+use crate::daemon::{self, MountpointError, Process};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 /// How long a daemon gets to notice by itself that nobody uses its mount any more.
@@ -49,7 +47,7 @@ pub fn run(args: UnmountArgs) -> Result<(), Error> {
     let daemon = if daemon::is_stale(&path) {
         None
     } else {
-        daemon::daemon_pid(&path).and_then(|pid| Process::new(pid, mount.user?))
+        daemon::daemon_identity(&path).and_then(|daemon| daemon.find(mount.user?))
     };
 
     let mut busy = false;
@@ -112,62 +110,5 @@ fn detach_after(error: io::Error, path: &Path) -> Result<(), MountpointError> {
             path: path.to_owned(),
             reason: error,
         })
-    }
-}
-
-/// A process, told apart from a later one with the same number by when it started.
-struct Process {
-    pid: u32,
-    started: u64,
-}
-
-impl Process {
-    /// The process `pid`, if it is `user`'s. The number comes from the mount, and whoever serves
-    /// that must not be able to name somebody else's process.
-    fn new(pid: u32, user: u32) -> Option<Self> {
-        let owner = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
-        let started = started(pid)?;
-        (owner == user).then_some(Process { pid, started })
-    }
-
-    fn lives(&self) -> bool {
-        started(self.pid) == Some(self.started)
-    }
-
-    fn terminate(&self) {
-        if let Ok(pid) = libc::pid_t::try_from(self.pid)
-            && self.lives()
-        {
-            // SAFETY: kill takes no pointers; the process was seen to be ours a moment ago.
-            unsafe {
-                libc::kill(pid, libc::SIGTERM);
-            }
-        }
-    }
-}
-
-/// When the process started, in the kernel's ticks; `None` when there is none, or only a zombie.
-fn started(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name, in parentheses, can hold anything.
-    let (_, rest) = stat.rsplit_once(") ")?;
-    let mut words = rest.split(' ');
-    if matches!(words.next()?, "Z" | "X") {
-        return None;
-    }
-    // Field 22; the state is field 3.
-    words.nth(18)?.parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn processes_are_told_apart_by_their_start() {
-        let own = started(std::process::id()).unwrap();
-        assert!(own > 0);
-        assert_eq!(started(u32::MAX), None);
-        assert!(Process::new(1, 12345).is_none(), "somebody else's");
     }
 }

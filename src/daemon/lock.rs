@@ -6,7 +6,7 @@
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Why a state directory cannot be used.
@@ -35,7 +35,19 @@ pub enum LockError {
         /// The other daemon, if its number could be read.
         pid: Option<u32>,
     },
+    /// Others could read or replace what is in it.
+    #[error("cannot use the state directory {}: {why}", path.display())]
+    Exposed {
+        /// The directory.
+        path: PathBuf,
+        /// How, and what to do.
+        why: String,
+    },
 }
+
+/// What a daemon keeps in its state directory, and what its names begin with.
+const LDB_FILES: [&str; 3] = ["ldb.db", "ldb.db-wal", "ldb.db-shm"];
+const OURS: [&str; 4] = ["ldb.db", "ledger.db", "ctlfs.log", "lock"];
 
 pub(crate) fn shown_pid(pid: Option<u32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
@@ -49,13 +61,15 @@ pub(crate) struct StateDir {
 }
 
 impl StateDir {
-    /// Creates `path` (0700) if it is missing, and locks it.
+    /// Creates `path` (0700) if it is missing, and locks it. What is there already is closed to
+    /// everybody else.
     pub(crate) fn lock(path: &Path) -> Result<Self, LockError> {
         let unusable = |reason| LockError::Unusable {
             path: path.to_owned(),
             reason,
         };
         create(path).map_err(unusable)?;
+        check_directory(path)?;
         let mut lock = OpenOptions::new()
             .read(true)
             .write(true)
@@ -72,6 +86,9 @@ impl StateDir {
                 path: path.to_owned(),
                 pid: text.trim().parse().ok(),
             });
+        }
+        for name in LDB_FILES {
+            make_private(path, &path.join(name), 0o600)?;
         }
         lock.set_len(0).map_err(unusable)?;
         writeln!(lock, "{}", std::process::id()).map_err(unusable)?;
@@ -111,6 +128,80 @@ pub(crate) fn create(path: &Path) -> io::Result<()> {
     }
 }
 
+/// Closes a directory that was there before. One with other things in it is somebody's for other
+/// purposes, such as /tmp, and stays as it is: then others must not be able to replace files in it.
+fn check_directory(path: &Path) -> Result<(), LockError> {
+    let unusable = |reason| LockError::Unusable {
+        path: path.to_owned(),
+        reason,
+    };
+    let mut shared = false;
+    for entry in fs::read_dir(path).map_err(unusable)? {
+        let name = entry.map_err(unusable)?.file_name();
+        let name = name.to_string_lossy();
+        shared |= !OURS.iter().any(|ours| name.starts_with(ours));
+    }
+    if !shared {
+        return make_private(path, path, 0o700);
+    }
+    let mode = fs::metadata(path).map_err(unusable)?.mode();
+    if mode & 0o022 == 0 {
+        return check_owner(path, path);
+    }
+    Err(LockError::Exposed {
+        path: path.to_owned(),
+        why: "it holds other things and other users may write in it; give one of its own with \
+              --state"
+            .into(),
+    })
+}
+
+/// Takes every right of group and others from `file`, which belongs to the state directory `path`,
+/// if it exists. By name: closing a descriptor of an LDB would drop the locks that SQLite holds on
+/// it for this process.
+fn make_private(path: &Path, file: &Path, mode: u32) -> Result<(), LockError> {
+    let unusable = |reason| LockError::Unusable {
+        path: path.to_owned(),
+        reason,
+    };
+    let metadata = match fs::metadata(file) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(unusable(error)),
+    };
+    check_owner(path, file)?;
+    if metadata.mode() & 0o077 == 0 {
+        return Ok(());
+    }
+    fs::set_permissions(file, fs::Permissions::from_mode(mode)).map_err(unusable)
+}
+
+/// Refuses what another user owns and so can open to anybody.
+fn check_owner(path: &Path, file: &Path) -> Result<(), LockError> {
+    let owner = fs::metadata(file)
+        .map_err(|reason| LockError::Unusable {
+            path: path.to_owned(),
+            reason,
+        })?
+        .uid();
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    let own = unsafe { libc::geteuid() };
+    if owner == own {
+        return Ok(());
+    }
+    let what = match file.file_name() {
+        Some(name) if file != path => name.display().to_string(),
+        _ => "it".to_owned(),
+    };
+    Err(LockError::Exposed {
+        path: path.to_owned(),
+        why: format!(
+            "{what} belongs to another user (uid {owner}); give it to uid {own} with chown, or \
+             give another directory with --state"
+        ),
+    })
+}
+
 /// Takes the exclusive lock if nobody else has it.
 pub(crate) fn try_flock(file: &File) -> io::Result<bool> {
     // SAFETY: flock takes no pointers, and the descriptor is open for as long as `file` is borrowed.
@@ -144,6 +235,55 @@ mod tests {
         );
         drop(first);
         assert_eq!(StateDir::lock(&path).unwrap().path(), path);
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o777
+    }
+
+    fn chmod(path: &Path, mode: u32) {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn what_was_there_before_is_closed_to_others() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path();
+        chmod(path, 0o755);
+        for name in LDB_FILES {
+            fs::write(path.join(name), "").unwrap();
+            chmod(&path.join(name), 0o644);
+        }
+        let _state = StateDir::lock(path).unwrap();
+        assert_eq!(mode(path), 0o700);
+        for name in LDB_FILES {
+            assert_eq!(mode(&path.join(name)), 0o600, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_directory_for_other_things_is_left_as_it_is() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path();
+        fs::write(path.join("notes"), "").unwrap();
+        fs::write(path.join("ldb.db"), "").unwrap();
+        chmod(path, 0o777);
+        let error = StateDir::lock(path).unwrap_err().to_string();
+        assert!(error.contains("other users may write in it"), "{error}");
+        assert_eq!(mode(path), 0o777);
+        chmod(path, 0o755);
+        let _state = StateDir::lock(path).unwrap();
+        assert_eq!((mode(path), mode(&path.join("ldb.db"))), (0o755, 0o600));
+    }
+
+    #[test]
+    fn an_ldb_of_another_user_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("ldb.db");
+        fs::write(&file, "").unwrap();
+        std::os::unix::fs::chown(&file, Some(12_345), None).expect("run the tests as root");
+        let error = StateDir::lock(root.path()).unwrap_err().to_string();
+        assert!(error.contains("another user (uid 12345)"), "{error}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod lock;
 mod log;
 mod mountinfo;
 mod mountpoint;
+mod process;
 mod signals;
 mod users;
 mod wiring;
@@ -33,7 +34,8 @@ pub(crate) use lock::create as create_private;
 pub(crate) use log::is_level;
 pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, resolve};
 pub use mountpoint::MountpointError;
-pub(crate) use mountpoint::{daemon_pid, detach, is_root, is_stale, read_status};
+pub(crate) use mountpoint::{daemon_identity, detach, is_root, is_stale, read_status};
+pub(crate) use process::Process;
 pub(crate) use signals::{block as block_signals, broken_pipe_kills};
 pub(crate) use wiring::{access_rules, prepare_embedded};
 
@@ -265,7 +267,8 @@ struct Live {
     path: PathBuf,
     /// The kernel's number of our mount, if it was seen in its list.
     id: Option<u64>,
-    unmounter: wiring::Unmounter,
+    /// Whether it is still ours to unmount.
+    mounted: bool,
     reflector: Option<wiring::Running>,
     start: Start,
 }
@@ -296,7 +299,7 @@ impl Live {
                 .flatten()
                 .filter(Mount::is_ctlfs)
                 .map(|mount| mount.id),
-            unmounter: mounted.unmounter(),
+            mounted: true,
             reflector: None,
             start: Start::Whole,
         };
@@ -399,17 +402,20 @@ impl Live {
 
     /// Stops the reflector and unmounts. Readers that hold files open do not delay it: the mount
     /// leaves the tree at once, and their files answer as long as this process lives.
-    fn end(self, events: &Receiver<Event>) {
+    fn end(mut self, events: &Receiver<Event>) {
         if let Some(reflector) = &self.reflector {
             reflector.stop();
         }
-        if self.is_mounted() {
-            self.unmounter.unmount();
+        if self.unmount() {
+            wait_until(GOODBYE, || {
+                events.try_iter().any(|e| matches!(e, Event::Unmounted(_))) || !self.is_there()
+            });
+        } else if self.is_there() {
+            tracing::warn!(
+                "something else is mounted on top of {}; leaving the dead mount beneath it",
+                self.path.display()
+            );
         }
-        wait_until(GOODBYE, || {
-            let session_over = events.try_iter().any(|e| matches!(e, Event::Unmounted(_)));
-            session_over || !self.is_mounted()
-        });
         if let Some(reflector) = &self.reflector
             && !wait_until(GOODBYE, || reflector.is_finished())
         {
@@ -418,25 +424,42 @@ impl Live {
         }
     }
 
-    fn is_mounted(&self) -> bool {
-        self.id.is_some_and(mountinfo::is_mounted)
+    /// Whether our mount is there, be it on top or not.
+    fn is_there(&self) -> bool {
+        match self.id {
+            Some(id) => mountinfo::is_mounted(id),
+            None => self.is_on_top(),
+        }
+    }
+
+    /// Whether unmounting by path would hit our mount: the number tells it from one that somebody
+    /// put on top. When the kernel's list cannot be read, it is worth a try.
+    fn is_on_top(&self) -> bool {
+        let Ok(top) = mountinfo::at(&self.path) else {
+            return true;
+        };
+        match self.id {
+            Some(id) => top.is_some_and(|mount| mount.id == id),
+            None => top.is_some_and(|mount| mount.is_ctlfs()),
+        }
+    }
+
+    /// Takes our mount away, at most once; tells whether it did.
+    fn unmount(&mut self) -> bool {
+        if !(self.mounted && self.is_on_top()) {
+            return false;
+        }
+        match mountpoint::detach(&self.path, true) {
+            Ok(()) => self.mounted = false,
+            Err(error) => tracing::error!(%error, "cannot unmount {}", self.path.display()),
+        }
+        !self.mounted
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        if !self.is_mounted() {
-            return;
-        }
-        self.unmounter.unmount();
-        // The number tells our mount from one that somebody put on top of it.
-        let ours =
-            || mountinfo::at(&self.path).is_ok_and(|m| m.is_some_and(|m| Some(m.id) == self.id));
-        if ours()
-            && let Err(error) = mountpoint::detach(&self.path, true)
-        {
-            tracing::error!(%error, "cannot unmount {}", self.path.display());
-        }
+        self.unmount();
     }
 }
 
@@ -446,9 +469,10 @@ fn status_source(
     mountpoint: &Path,
     feed: &Feed,
     board: Arc<StatusBoard>,
-) -> impl Fn(&Counters<'_>) -> Vec<u8> + Send + Sync + 'static {
+) -> impl Fn(&Counters<'_>, Option<&str>) -> Vec<u8> + Send + Sync + 'static {
     let mountpoint = mountpoint.to_owned();
     let started = SystemTime::now();
+    let identity = process::Identity::own();
     let stale_after = config.stale_after;
     let origin = match feed {
         Feed::Reflected { origin, .. } => Some(origin.describe()),
@@ -461,11 +485,9 @@ fn status_source(
             check_interval,
         } => (file.clone(), *check_interval),
     };
-    move |counters| {
-        let unreadable = match origin {
-            Some(_) => None,
-            None => wiring::check_foreign_ldb(&file).err(),
-        };
+    // A foreign LDB is not looked at here: closing any descriptor of it would drop the locks that
+    // SQLite holds for this process's readers.
+    move |counters, unreadable| {
         let follows = match &origin {
             Some(origin) => Follows::Origin {
                 origin,
@@ -474,11 +496,13 @@ fn status_source(
             None => Follows::Ldb {
                 file: &file,
                 check_interval: interval,
-                unreadable: unreadable.as_deref(),
+                unreadable,
             },
         };
         let info = StaticInfo {
-            pid: std::process::id(),
+            pid: identity.pid,
+            pid_namespace: identity.namespace,
+            pid_started: identity.started,
             mountpoint: &mountpoint,
             follows,
             started,

@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::lock::{shown_pid, try_flock};
+use super::process::Identity;
 use super::{deadline, mountinfo};
 
 const ASK: Duration = Duration::from_secs(2);
@@ -139,7 +140,7 @@ fn covering(path: &Path) -> Result<Option<mountinfo::Mount>, MountpointError> {
 
 fn taken(path: PathBuf, mount: &mountinfo::Mount) -> MountpointError {
     if mount.is_ctlfs() {
-        let pid = daemon_pid(&path);
+        let pid = daemon_identity(&path).map(|daemon| daemon.pid);
         MountpointError::AlreadyMounted { path, pid }
     } else {
         MountpointError::OtherFileSystem {
@@ -179,9 +180,10 @@ fn check_directory(path: &Path) -> Result<(), MountpointError> {
         return Err(MountpointError::NotEmpty(path.to_owned()));
     }
     let name = c_path(path).map_err(|error| refused(path, error))?;
+    // fusermount3 lets a user cover only what that user may write. Root mounts without it, also in
+    // a read-only file system, where this would be refused.
     // SAFETY: `name` is a NUL-terminated string that outlives the call.
-    if unsafe { libc::access(name.as_ptr(), libc::W_OK) } != 0 {
-        // fusermount3 lets a user cover only what that user may write.
+    if !is_root() && unsafe { libc::access(name.as_ptr(), libc::W_OK) } != 0 {
         return Err(refused(path, io::Error::last_os_error()));
     }
     Ok(())
@@ -282,9 +284,8 @@ pub(crate) fn read_status(path: &Path, limit: Duration) -> io::Result<Vec<u8>> {
 }
 
 /// The process that serves the mount on `path`, as far as it can be asked.
-pub(crate) fn daemon_pid(path: &Path) -> Option<u32> {
-    let status: serde_json::Value = serde_json::from_slice(&read_status(path, ASK).ok()?).ok()?;
-    u32::try_from(status.get("pid")?.as_u64()?).ok()
+pub(crate) fn daemon_identity(path: &Path) -> Option<Identity> {
+    Identity::of(&serde_json::from_slice(&read_status(path, ASK).ok()?).ok()?)
 }
 
 /// Unmounts what is on top of `path`; when `lazy`, also while it is in use.

@@ -10,21 +10,37 @@ use std::ptr;
 #[derive(Clone, Copy)]
 pub(crate) struct Blocked(libc::sigset_t);
 
-/// Blocks SIGINT, SIGTERM and SIGHUP. Call it before the first thread is started.
+/// Blocks SIGINT, SIGTERM and SIGHUP; the latter only if it is not ignored, as it is under nohup: a
+/// blocked signal is delivered even then. Call it before the first thread is started.
 pub(crate) fn block() -> io::Result<Blocked> {
+    let hangup = !is_ignored(libc::SIGHUP)?;
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigemptyset initialises the set it is given; sigaddset and pthread_sigmask then get
     // an initialised one, and the old mask is not asked for.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
-        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        for signal in [libc::SIGINT, libc::SIGTERM] {
             libc::sigaddset(set.as_mut_ptr(), signal);
+        }
+        if hangup {
+            libc::sigaddset(set.as_mut_ptr(), libc::SIGHUP);
         }
         let error = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
         if error != 0 {
             return Err(io::Error::from_raw_os_error(error));
         }
         Ok(Blocked(set.assume_init()))
+    }
+}
+
+fn is_ignored(signal: libc::c_int) -> io::Result<bool> {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: without a new action this only writes the old one, which is then initialised.
+    unsafe {
+        if libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(action.assume_init().sa_sigaction == libc::SIG_IGN)
     }
 }
 

@@ -2,8 +2,7 @@
 //!
 //! The rest of the daemon sees them through the types of this file only.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -21,7 +20,7 @@ use crate::model::Seq;
 use crate::status::{Counters, StatusBoard};
 use crate::tree::access::{AccessError, AccessRules, Principal};
 
-pub(crate) use crate::mount::{Mounted, Unmounter};
+pub(crate) use crate::mount::Mounted;
 
 /// Understands the rules of `--access`, in their order. What they leave out belongs to whoever
 /// mounts.
@@ -79,30 +78,14 @@ pub(super) fn open_ldb(path: PathBuf) -> Result<Ldb, Error> {
     })
 }
 
-/// Whether `path` can be read and begins like an SQLite database. What is in it is the mount's to
-/// judge.
-pub(super) fn check_foreign_ldb(path: &Path) -> Result<(), String> {
-    let mut head = [0; 16];
-    File::open(path)
-        .and_then(|mut file| file.read_exact(&mut head))
-        .map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => "it is no SQLite database".to_owned(),
-            _ => error.to_string(),
-        })?;
-    if &head == b"SQLite format 3\0" {
-        Ok(())
-    } else {
-        Err("it is no SQLite database".into())
-    }
-}
-
-/// Whether `path` is an LDB. Everything that is in it is the mount's to read.
+/// Whether `path` is an LDB. Everything that is in it is the mount's to read. Only for the start:
+/// nothing may open the file beside SQLite once it is read.
 pub(super) fn identify_foreign_ldb(path: &Path) -> Result<(), Error> {
-    let foreign = |reason| Error::ForeignLdb {
+    // An LDB of our own may be missing at first.
+    fs::metadata(path).map_err(|error| Error::ForeignLdb {
         path: path.to_owned(),
-        reason,
-    };
-    check_foreign_ldb(path).map_err(foreign)?;
+        reason: error.to_string(),
+    })?;
     ldb::check_foreign(path).map_err(|error| foreign_error(path, error))
 }
 
@@ -126,13 +109,13 @@ pub(super) fn open_origin(url: &OriginUrl) -> Result<Box<dyn Origin>, OriginErro
     ledger::open(url)
 }
 
-/// Mounts. `status` renders status.json.
+/// Mounts. `status` renders status.json; it is also told why a foreign LDB cannot be followed, if so.
 pub(super) fn mount(
     config: &config::Daemon,
     mountpoint: &Path,
     ldb: &Path,
     allow_other: bool,
-    status: impl Fn(&Counters<'_>) -> Vec<u8> + Send + Sync + 'static,
+    status: impl Fn(&Counters<'_>, Option<&str>) -> Vec<u8> + Send + Sync + 'static,
     board: &Arc<StatusBoard>,
 ) -> Result<Mounted, Error> {
     let settings = mount::Settings {
@@ -150,7 +133,7 @@ pub(super) fn mount(
         plain_open: config.options.plain_open,
     };
     let render = Box::new(move |counters: &MountCounters| {
-        status(&Counters {
+        let shown = Counters {
             seq: counters.seq,
             families: counters.families,
             tables: counters.tables,
@@ -160,7 +143,8 @@ pub(super) fn mount(
             kept_bytes: counters.kept_bytes,
             spilled_bytes: counters.spilled_bytes,
             fallbacks: &counters.fallbacks,
-        })
+        };
+        status(&shown, counters.trouble.as_deref())
     });
     mount::mount(settings, render, Arc::clone(board)).map_err(|error| {
         match (error, &config.follow) {

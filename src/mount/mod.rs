@@ -137,12 +137,6 @@ pub struct Mounted {
     _watcher: Option<Sender<()>>,
 }
 
-/// Unmounts from wherever it is needed.
-#[derive(Debug, Clone)]
-pub struct Unmounter {
-    mountpoint: PathBuf,
-}
-
 /// Mounts the tree. When this returns, it can be read.
 pub fn mount(
     settings: Settings,
@@ -299,13 +293,6 @@ impl Mounted {
         ))
     }
 
-    /// Something to unmount with from another thread.
-    pub fn unmounter(&self) -> Unmounter {
-        Unmounter {
-            mountpoint: self.mountpoint.clone(),
-        }
-    }
-
     /// Whether the tree is no longer mounted.
     pub fn is_finished(&self) -> bool {
         self.session
@@ -341,20 +328,14 @@ impl Drop for Mounted {
             return;
         };
         if !session.guard.is_finished() {
-            self.unmounter().unmount();
+            // Files that are open stay readable for as long as the daemon lives.
+            if let Err(error) = detach(&self.mountpoint) {
+                let mountpoint = self.mountpoint.display();
+                tracing::warn!(%error, %mountpoint, "cannot unmount");
+            }
         }
         // Its own drop would unmount by path once more; by then something else may be there.
         std::mem::forget(session);
-    }
-}
-
-impl Unmounter {
-    /// Takes the tree out of the file system. Files that are open stay readable for as long as the
-    /// daemon lives.
-    pub fn unmount(&self) {
-        if let Err(error) = detach(&self.mountpoint) {
-            tracing::warn!(%error, mountpoint = %self.mountpoint.display(), "cannot unmount");
-        }
     }
 }
 
