@@ -18,6 +18,7 @@ mod server;
 mod state;
 #[cfg(test)]
 mod tests;
+mod xattr;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -27,7 +27,7 @@ use crate::model::{LedgerTime, Seq, Table};
 use crate::status::StatusBoard;
 use crate::tree::access::AccessRules;
 use crate::tree::name;
-use crate::tree::node::{self, Node, RowFile, Step};
+use crate::tree::node::{self, Node, Step};
 
 /// Rows read lately are kept up to about this many bytes.
 const ROW_CACHE: usize = 16 << 20;
@@ -387,58 +387,6 @@ impl Server {
         }
     }
 
-    /// The value of an extended attribute of an inode.
-    pub(super) fn xattr(&self, ino: u64, attribute: &[u8]) -> Result<Vec<u8>, Fault> {
-        let (node, view) = {
-            let state = self.state();
-            (
-                state.slot(ino).ok_or(Fault::Stale)?.node.clone(),
-                state.view(),
-            )
-        };
-        match attribute {
-            b"user.ctlfs.type" => {
-                let ty = self.type_of(&view, &node).ok_or(Fault::NoAttribute)?;
-                Ok(ty.as_bytes().to_vec())
-            }
-            b"user.ctlfs.seq" if has_seq(&node) => match self.inspect(ino)? {
-                Inode::Present { found, .. } => {
-                    Ok(found.ok_or(Fault::Stale)?.mark.seq.to_string().into_bytes())
-                }
-                Inode::Fixed { version, .. } => Ok(version.mark.seq.to_string().into_bytes()),
-            },
-            _ => Err(Fault::NoAttribute),
-        }
-    }
-
-    /// The names of the extended attributes of an inode, each with a NUL behind it.
-    pub(super) fn xattrs(&self, ino: u64) -> Result<Vec<u8>, Fault> {
-        let state = self.state();
-        let slot = state.slot(ino).ok_or(Fault::Stale)?;
-        let mut names = Vec::new();
-        if has_seq(&slot.node) {
-            names.extend_from_slice(b"user.ctlfs.seq\0");
-        }
-        if self.type_of(&state.view(), &slot.node).is_some() {
-            names.extend_from_slice(b"user.ctlfs.type\0");
-        }
-        Ok(names)
-    }
-
-    fn type_of(&self, view: &View, node: &Node) -> Option<&'static str> {
-        match node {
-            Node::RowFile(_, _, RowFile::Json) => Some("json"),
-            Node::RowFile(table, _, RowFile::Field(index)) => view
-                .catalog
-                .get(table)?
-                .schema
-                .fields()
-                .get(usize::from(*index))
-                .map(|f| f.ty.as_str()),
-            _ => None,
-        }
-    }
-
     /// Why a foreign LDB cannot be followed at the moment, if so.
     pub(super) fn trouble(&self) -> MutexGuard<'_, Option<String>> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
@@ -590,12 +538,4 @@ pub(super) enum Inode {
 enum Registered {
     Entry(Entered),
     Absent(Duration),
-}
-
-/// Whether a place has an entry that last changed it.
-fn has_seq(node: &Node) -> bool {
-    matches!(
-        node,
-        Node::Table(_) | Node::TableFile(..) | Node::Dir(..) | Node::RowFile(..)
-    )
 }
