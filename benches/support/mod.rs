@@ -93,11 +93,26 @@ impl Daemon {
         kib / 1024.0
     }
 
+    /// The daemon's process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// `status.json`.
     pub fn status(&self) -> serde_json::Value {
         let text = std::fs::read(self.mountpoint.join(".ctlfs/status.json")).unwrap();
         serde_json::from_slice(&text).unwrap()
     }
+}
+
+/// Lets a process, with all its threads, run on these processors only.
+pub fn pin(process: u32, processors: &str) {
+    let status = Command::new("taskset")
+        .args(["-a", "-p", "-c", processors, &process.to_string()])
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success());
 }
 
 impl Drop for Daemon {

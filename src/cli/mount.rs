@@ -80,7 +80,7 @@ pub(super) struct Common {
     /// allow_other (other users may read; the default for root), no_allow_other.
     #[arg(short = 'o', value_name = "OPTS")]
     pub(super) options: Vec<String>,
-    /// Threads that answer the kernel [default: the number of cores, 2 to 8].
+    /// Threads that answer the kernel [default: twice the number of cores, 4 to 8].
     #[arg(long, value_name = "N", value_parser = threads)]
     pub(super) threads: Option<usize>,
     /// After how long without contact, or without catching up, 'ctlfs status' fails.
