@@ -381,8 +381,14 @@ fn large_values_are_never_torn(central: &Central, flips: u64) {
         "{flips} flips of 2 x 1 MiB, {reads} whole reads, {changes} changes seen, {held} versions held and read again"
     );
     assert!(changes >= 20 && held >= 10);
-    // Nobody holds anything any more: what was kept for them goes.
+    // Nobody holds anything any more: what was kept for them goes, at the latest when a name that
+    // was looked up during the last flip is asked for again.
     daemon.wait_status("nothing superseded is kept", |status| {
+        let look = std::process::Command::new("find")
+            .arg(daemon.path(""))
+            .args(["-size", "+1", "-name", "nothing"])
+            .status();
+        assert!(look.unwrap().success());
         kept(status) < MIB as u64
     });
 }
