@@ -346,6 +346,15 @@ impl State {
         };
         let inodes = std::mem::take(&mut transition.collected);
         let late = std::mem::take(&mut transition.late);
+        let catalog = self.view().catalog;
+        for ino in &late {
+            if let Some(slot) = self.slot(*ino)
+                && let Some(parent) = self.ino(&slot.node.parent())
+                && let Some(name) = slot.node.name(&catalog)
+            {
+                self.expired.push((parent, name));
+            }
+        }
         for ino in inodes.into_iter().chain(late) {
             if self
                 .slot(ino)

@@ -166,7 +166,15 @@ impl<K: Kernel> CommitObserver for Flipper<K> {
     }
 
     fn after_commit(&mut self, _: &ChangeSet) {
-        self.server.state().finish();
+        let expired = {
+            let mut state = self.server.state();
+            state.finish();
+            std::mem::take(&mut state.expired)
+        };
+        for (parent, name) in expired {
+            let sent = self.kernel.invalidate_entry(parent, &name);
+            self.note(sent);
+        }
         let inodes: Vec<u64> = {
             let state = self.server.state();
             self.attributes

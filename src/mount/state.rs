@@ -95,6 +95,9 @@ pub(super) struct State {
     inodes: HashMap<Node, u64>,
     next: u64,
     pub(super) transition: Option<Transition>,
+    /// Names that were looked up during the last flip: the kernel may hold them, expired, and with
+    /// them versions that nobody reads.
+    pub(super) expired: Vec<(u64, Vec<u8>)>,
     absent: HashMap<(u64, Box<[u8]>), Instant>,
     swept: Instant,
     rows: RowCache,
@@ -112,6 +115,7 @@ impl State {
             inodes: HashMap::new(),
             next: ROOT,
             transition: None,
+            expired: Vec::new(),
             absent: HashMap::new(),
             swept: Instant::now(),
             rows: RowCache::new(row_bytes),
