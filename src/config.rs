@@ -80,7 +80,7 @@ pub enum ConfigError {
     LongDuration,
     /// A mount option that does not exist.
     #[error(
-        "unknown mount option {0:?}; the options of -o are newline, allow_other, no_allow_other"
+        "unknown mount option {0:?}; the options of -o are newline, ro, allow_other, no_allow_other"
     )]
     Option(String),
     /// The tree cannot be written.
@@ -126,6 +126,8 @@ pub struct Options {
     pub allow_other: Option<bool>,
     /// OPEN is answered in the ordinary way; the benchmark compares with this.
     pub plain_open: bool,
+    /// The kernel takes the mount for read-only: no announcements, no pins.
+    pub read_only: bool,
 }
 
 impl Options {
@@ -139,7 +141,8 @@ impl Options {
                 "no_allow_other" => options.allow_other = Some(false),
                 "plain_open" => options.plain_open = true,
                 // What mount tools pass along; the tree is like that anyway.
-                "" | "defaults" | "ro" | "nosuid" | "nodev" => {}
+                "" | "defaults" | "nosuid" | "nodev" => {}
+                "ro" => options.read_only = true,
                 "rw" => return Err(ConfigError::ReadWrite),
                 other => return Err(ConfigError::Option(other.to_owned())),
             }
@@ -241,9 +244,10 @@ mod tests {
         assert!(options.newline && options.plain_open);
         assert_eq!(options.allow_other, Some(true));
         assert_eq!(
-            Options::parse(["defaults,ro,", ""]).unwrap(),
+            Options::parse(["defaults,nodev,", ""]).unwrap(),
             Options::default()
         );
+        assert!(Options::parse(["ro"]).unwrap().read_only);
         let error = Options::parse(["newline,sync"]).unwrap_err().to_string();
         assert!(
             error.contains("\"sync\"") && error.contains("newline"),

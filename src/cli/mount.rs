@@ -77,7 +77,8 @@ pub(super) struct Common {
     #[arg(long, value_name = "RULE")]
     pub(super) access: Vec<String>,
     /// Mount options, with commas: newline (integers, decimals and strings end in a newline),
-    /// allow_other (other users may read; the default for root), no_allow_other.
+    /// allow_other (other users may read; the default for root), no_allow_other, ro (the kernel
+    /// itself refuses every write; no inotify events and no pins then).
     #[arg(short = 'o', value_name = "OPTS")]
     pub(super) options: Vec<String>,
     /// Threads that answer the kernel [default: twice the number of cores, 4 to 8].

@@ -131,6 +131,7 @@ pub(super) fn mount(
         allow_other,
         threads: config.threads,
         plain_open: config.options.plain_open,
+        read_only: config.options.read_only,
     };
     let render = Box::new(move |counters: &MountCounters| {
         let shown = Counters {

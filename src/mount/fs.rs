@@ -3,15 +3,18 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::path::Path;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyDirectory,
-    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyXattr, Request,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
+    FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry,
+    ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    WriteFlags,
 };
 
 use super::counters::{Operation, Requests};
@@ -309,5 +312,157 @@ impl Filesystem for Fs {
     fn lseek(&self, _: &Request, ino: INodeNo, _: FileHandle, _: i64, _: i32, reply: ReplyLseek) {
         // There are no holes; the kernel finds the end by itself and does not ask again.
         self.answer(Operation::Other, ino, |_| reply.error(Errno::ENOSYS));
+    }
+
+    // What follows would change the tree. The mount itself is writable, so that the daemon can
+    // announce changes through it; the tree is not.
+
+    fn mkdir(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        reply: ReplyEntry,
+    ) {
+        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    }
+
+    fn rmdir(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    }
+
+    fn unlink(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        _: &OsStr,
+        _: INodeNo,
+        _: &OsStr,
+        _: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::EROFS));
+    }
+
+    fn mknod(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        _: u32,
+        reply: ReplyEntry,
+    ) {
+        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    }
+
+    fn symlink(&self, _: &Request, parent: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
+        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    }
+
+    fn link(&self, _: &Request, ino: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::EROFS));
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        parent: INodeNo,
+        _: &OsStr,
+        _: u32,
+        _: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: &[u8],
+        _: WriteFlags,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::EROFS));
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: u64,
+        _: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::EROFS));
+    }
+
+    fn copy_file_range(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: INodeNo,
+        _: FileHandle,
+        _: u64,
+        _: u64,
+        _: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::EROFS));
+    }
+
+    fn setxattr(
+        &self,
+        _: &Request,
+        ino: INodeNo,
+        _: &OsStr,
+        _: &[u8],
+        _: i32,
+        _: u32,
+        reply: ReplyEmpty,
+    ) {
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::EROFS));
+    }
+
+    fn removexattr(&self, _: &Request, ino: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        self.answer(Operation::Other, ino, |_| reply.error(Errno::EROFS));
     }
 }

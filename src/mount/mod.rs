@@ -61,6 +61,9 @@ pub struct Settings {
     pub threads: usize,
     /// Whether OPEN is answered in the ordinary way; for comparison only.
     pub plain_open: bool,
+    /// Whether the kernel is to take the mount for read-only. Otherwise it is writable for what the
+    /// daemon does through it and for pins; every other write is refused all the same.
+    pub read_only: bool,
 }
 
 /// Who writes the LDB.
@@ -179,12 +182,16 @@ pub fn mount(
         MountOption::FSName("ctlfs".into()),
         MountOption::Subtype("ctlfs".into()),
         MountOption::DefaultPermissions,
-        MountOption::RO,
         MountOption::NoDev,
         MountOption::NoSuid,
         MountOption::NoExec,
         MountOption::NoAtime,
     ];
+    config.mount_options.push(if settings.read_only {
+        MountOption::RO
+    } else {
+        MountOption::RW
+    });
     config.acl = if settings.allow_other {
         SessionACL::All
     } else {

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
@@ -216,14 +217,11 @@ fn everything_that_would_change_the_tree_fails() {
             fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)),
         );
     }
-    read_only(
-        "write",
-        OpenOptions::new().write(true).open(&file).map(drop),
-    );
-    read_only(
-        "append",
-        OpenOptions::new().append(true).open(&file).map(drop),
-    );
+    // Root may open a file for writing, whatever its mode; it is the write that fails.
+    let writable = OpenOptions::new().write(true).open(&file).unwrap();
+    read_only("write", (&writable).write_all(b"new"));
+    let appending = OpenOptions::new().append(true).open(&file).unwrap();
+    read_only("append", (&appending).write_all(b"new"));
     read_only(
         "truncate",
         OpenOptions::new()
