@@ -26,6 +26,8 @@ pub struct Daemon {
     pub access: AccessRules,
     /// The options of the mount itself.
     pub options: Options,
+    /// Whether changes are announced to inotify watchers.
+    pub announce: bool,
     /// FUSE worker threads.
     pub threads: usize,
     /// Where the log goes; `None` is the state directory's `ctlfs.log`, or standard error in the

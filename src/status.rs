@@ -105,8 +105,23 @@ pub struct Counters<'a> {
     pub kept_bytes: u64,
     /// Bytes of superseded versions kept in the state directory.
     pub spilled_bytes: u64,
+    /// What was announced to inotify watchers.
+    pub announced: Announced,
     /// What the kernel lacks, and what is done instead.
     pub fallbacks: &'a [String],
+}
+
+/// What was announced to inotify watchers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Announced {
+    /// Whether changes are announced.
+    pub on: bool,
+    /// Entries that moved in, were made or were removed.
+    pub entries: u64,
+    /// Entries for which that failed.
+    pub failed: u64,
+    /// Median and 99th percentile of the time that one commit took of late.
+    pub times: Option<(Duration, Duration)>,
 }
 
 /// What does not change while a daemon lives.
@@ -320,6 +335,13 @@ pub fn render_json(
         },
         interval_name: humantime::format_duration(interval).to_string(),
         "stale_after": humantime::format_duration(info.stale_after).to_string(),
+        "announce": {
+            "on": counters.announced.on,
+            "entries": counters.announced.entries,
+            "failed": counters.announced.failed,
+            "p50_ms": counters.announced.times.map(|(p50, _)| milliseconds(p50)),
+            "p99_ms": counters.announced.times.map(|(_, p99)| milliseconds(p99)),
+        },
         "fallbacks": counters.fallbacks,
     });
     if let Some(requests) = status.get_mut("requests").and_then(Json::as_object_mut) {
@@ -330,6 +352,11 @@ pub fn render_json(
     let mut text = format!("{status:#}").into_bytes();
     text.push(b'\n');
     text
+}
+
+/// To the microsecond.
+fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
 }
 
 /// A time as text; `None` outside the years 1970 to 9999, which the format cannot show.
@@ -436,6 +463,12 @@ mod tests {
             nodes: 4,
             kept_bytes: 0,
             spilled_bytes: 0,
+            announced: Announced {
+                on: true,
+                entries: 12,
+                failed: 1,
+                times: Some((Duration::from_micros(250), Duration::from_micros(1500))),
+            },
             fallbacks: &[],
         };
         let info = StaticInfo {
@@ -484,6 +517,9 @@ mod tests {
             ("/requests/lookup", json!(3)),
             ("/counts/tables", json!(2)),
             ("/cache/nodes", json!(4)),
+            ("/announce/on", json!(true)),
+            ("/announce/failed", json!(1)),
+            ("/announce/p50_ms", json!(0.25)),
             ("/poll_interval", json!("1s")),
         ] {
             assert_eq!(status.pointer(pointer), Some(&value), "{pointer}");

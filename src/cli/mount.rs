@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{Args, ValueHint};
+use clap::{Args, ValueEnum, ValueHint};
 
 use super::{Error, secret};
 use crate::config::{self, Follow, Options};
@@ -81,6 +81,15 @@ pub(super) struct Common {
     /// itself refuses every write; no inotify events and no pins then).
     #[arg(short = 'o', value_name = "OPTS")]
     pub(super) options: Vec<String>,
+    /// Whether changes raise events for those who watch files with inotify: auto (where it is
+    /// possible, which takes root) or off.
+    #[arg(
+        long,
+        value_name = "WHEN",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
+    pub(super) announce: Announce,
     /// Threads that answer the kernel [default: twice the number of cores, 4 to 8].
     #[arg(long, value_name = "N", value_parser = threads)]
     pub(super) threads: Option<usize>,
@@ -92,6 +101,15 @@ pub(super) struct Common {
     #[arg(long, value_name = "LEVEL", env = "CTLFS_LOG", default_value = config::LOG_LEVEL)]
     #[arg(value_parser = log_level)]
     pub(super) log_level: String,
+}
+
+/// The values of `--announce`.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Announce {
+    /// Where it is possible.
+    Auto,
+    /// Never.
+    Off,
 }
 
 fn log_level(text: &str) -> Result<String, String> {
@@ -213,6 +231,7 @@ impl Common {
             access: daemon::access_rules(&self.access).map_err(Error::usage)?,
             options: Options::parse(self.options.iter().map(String::as_str))
                 .map_err(Error::usage)?,
+            announce: self.announce == Announce::Auto,
             threads: self.threads.unwrap_or_else(config::default_threads),
             log_file,
             log_level: self.log_level,

@@ -303,6 +303,7 @@ impl Live {
             reflector: None,
             start: Start::Whole,
         };
+        end_announcements_with(live.id, mounted.announcements())?;
         if let Feed::Reflected {
             ldb,
             origin,
@@ -461,6 +462,25 @@ impl Drop for Live {
     fn drop(&mut self) {
         self.unmount();
     }
+}
+
+/// Ends the announcements when somebody unmounts the tree: the clone of the mount that they are made
+/// through would keep the file system, and so this process, alive.
+fn end_announcements_with(id: Option<u64>, announcements: wiring::Announcements) -> io::Result<()> {
+    let Some(id) = id else {
+        tracing::warn!("changes raise no inotify events: the mount is not in the kernel's list");
+        announcements.end();
+        return Ok(());
+    };
+    thread::Builder::new()
+        .name("mountinfo".into())
+        .spawn(move || {
+            if let Err(error) = mountinfo::wait_gone(id) {
+                tracing::warn!(%error, "changes raise no more inotify events: the kernel's list of mounts cannot be watched");
+            }
+            announcements.end();
+        })?;
+    Ok(())
 }
 
 /// What renders status.json for this daemon.

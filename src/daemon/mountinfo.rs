@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
@@ -47,6 +48,28 @@ pub(crate) fn at(path: &Path) -> io::Result<Option<Mount>> {
 /// Whether the mount with this number is still there.
 pub(crate) fn is_mounted(id: u64) -> bool {
     read().is_ok_and(|mounts| mounts.iter().any(|m| m.id == id))
+}
+
+/// Waits until the mount with this number is gone. Returns at once if the kernel's list cannot be
+/// watched.
+pub(crate) fn wait_gone(id: u64) -> io::Result<()> {
+    let list = fs::File::open("/proc/self/mountinfo")?;
+    let mut polled = libc::pollfd {
+        fd: list.as_raw_fd(),
+        events: libc::POLLPRI,
+        revents: 0,
+    };
+    // The descriptor was opened first: what changes after this look wakes the poll below.
+    while is_mounted(id) {
+        // SAFETY: `polled` is one valid entry, and its descriptor is open.
+        if unsafe { libc::poll(&raw mut polled, 1, -1) } < 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn top(mounts: Vec<Mount>, path: &Path) -> Option<Mount> {

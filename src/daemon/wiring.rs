@@ -20,7 +20,7 @@ use crate::model::Seq;
 use crate::status::{Counters, StatusBoard};
 use crate::tree::access::{AccessError, AccessRules, Principal};
 
-pub(crate) use crate::mount::Mounted;
+pub(crate) use crate::mount::{Announcements, Mounted};
 
 /// Understands the rules of `--access`, in their order. What they leave out belongs to whoever
 /// mounts.
@@ -131,6 +131,7 @@ pub(super) fn mount(
         allow_other,
         threads: config.threads,
         plain_open: config.options.plain_open,
+        announce: config.announce,
         read_only: config.options.read_only,
     };
     let render = Box::new(move |counters: &MountCounters| {
@@ -143,6 +144,7 @@ pub(super) fn mount(
             nodes: counters.nodes,
             kept_bytes: counters.kept_bytes,
             spilled_bytes: counters.spilled_bytes,
+            announced: counters.announced,
             fallbacks: &counters.fallbacks,
         };
         status(&shown, counters.trouble.as_deref())

@@ -1,8 +1,11 @@
 //! How many requests the kernel has sent, by kind, and which of its features were missing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::status::Announced;
 
 /// The kinds of requests that are counted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +50,53 @@ impl Operation {
             Operation::Xattr => "xattr",
             Operation::Control => "control",
             Operation::Other => "other",
+        }
+    }
+}
+
+/// Counts what was announced.
+#[derive(Debug, Default)]
+pub(super) struct Announcements {
+    entries: AtomicU64,
+    failed: AtomicU64,
+    times: Mutex<VecDeque<Duration>>,
+}
+
+impl Announcements {
+    /// So many announcements are remembered for their times.
+    const WINDOW: usize = 1000;
+
+    /// A commit was announced: so many entries, in so much time.
+    pub(super) fn note(&self, entries: u64, took: Duration) {
+        self.entries.fetch_add(entries, Ordering::Relaxed);
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        if times.len() == Self::WINDOW {
+            times.pop_front();
+        }
+        times.push_back(took);
+    }
+
+    /// So many entries could not be announced.
+    pub(super) fn fail(&self, entries: u64) {
+        self.failed.fetch_add(entries, Ordering::Relaxed);
+    }
+
+    /// What was counted so far; `on` is whether changes are announced.
+    pub(super) fn counts(&self, on: bool) -> Announced {
+        let mut times: Vec<_> = {
+            let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+            times.iter().copied().collect()
+        };
+        times.sort_unstable();
+        let at = |percent: usize| {
+            let index = times.len().saturating_sub(1) * percent / 100;
+            times.get(index).copied()
+        };
+        Announced {
+            on,
+            entries: self.entries.load(Ordering::Relaxed),
+            failed: self.failed.load(Ordering::Relaxed),
+            times: at(50).zip(at(99)),
         }
     }
 }

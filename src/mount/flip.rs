@@ -360,7 +360,7 @@ impl State {
                 .slot(ino)
                 .is_some_and(|slot| transition.supersedes(&slot.node))
             {
-                self.detach(ino);
+                self.supersede(ino);
             }
         }
         self.drop_rows(&transition);

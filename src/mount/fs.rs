@@ -3,9 +3,9 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::path::Path;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -119,6 +119,22 @@ fn absent() -> FileAttr {
     })
 }
 
+fn reply_entry(reply: ReplyEntry, found: Result<Lookup, Fault>) {
+    match found {
+        Ok(Lookup::Found {
+            attributes,
+            entry_ttl,
+            attr_ttl,
+        }) => {
+            let attr = file_attr(&attributes);
+            reply.entry_with_ttls(&attr_ttl, &entry_ttl, &attr, GENERATION);
+        }
+        Ok(Lookup::Absent(ttl)) if ttl.is_zero() => reply.error(Errno::ENOENT),
+        Ok(Lookup::Absent(ttl)) => reply.entry(&ttl, &absent(), GENERATION),
+        Err(fault) => reply.error(errno(&fault)),
+    }
+}
+
 fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>, Fault>) {
     match value {
         Err(fault) => reply.error(errno(&fault)),
@@ -152,21 +168,17 @@ impl Filesystem for Fs {
         Ok(())
     }
 
-    fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.answer(Operation::Lookup, parent, |server| {
-            match server.lookup(parent.0, name.as_bytes()) {
-                Ok(Lookup::Found {
-                    attributes,
-                    entry_ttl,
-                    attr_ttl,
-                }) => {
-                    let attr = file_attr(&attributes);
-                    reply.entry_with_ttls(&attr_ttl, &entry_ttl, &attr, GENERATION);
-                }
-                Ok(Lookup::Absent(ttl)) if ttl.is_zero() => reply.error(Errno::ENOENT),
-                Ok(Lookup::Absent(ttl)) => reply.entry(&ttl, &absent(), GENERATION),
-                Err(fault) => reply.error(errno(&fault)),
-            }
+            let name = name.as_bytes();
+            reply_entry(
+                reply,
+                if server.is_announcer(request.pid()) {
+                    server.lookup_announcing(parent.0, name)
+                } else {
+                    server.lookup(parent.0, name)
+                },
+            );
         });
     }
 
@@ -315,31 +327,50 @@ impl Filesystem for Fs {
     }
 
     // What follows would change the tree. The mount itself is writable, so that the daemon can
-    // announce changes through it; the tree is not.
+    // announce changes through it: there is nothing to be done then, for the tree has changed
+    // already. Everybody else is refused.
 
     fn mkdir(
         &self,
-        _: &Request,
+        request: &Request,
         parent: INodeNo,
-        _: &OsStr,
+        name: &OsStr,
         _: u32,
         _: u32,
         reply: ReplyEntry,
     ) {
-        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+        self.answer(Operation::Other, parent, |server| {
+            if server.is_announcer(request.pid()) {
+                reply_entry(reply, server.make_announced(parent.0, name.as_bytes()));
+            } else {
+                reply.error(Errno::EROFS);
+            }
+        });
     }
 
-    fn rmdir(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    fn rmdir(&self, request: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        self.answer(Operation::Other, parent, |server| {
+            if server.is_announcer(request.pid()) {
+                reply.ok();
+            } else {
+                reply.error(Errno::EROFS);
+            }
+        });
     }
 
-    fn unlink(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    fn unlink(&self, request: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+        self.answer(Operation::Other, parent, |server| {
+            if server.is_announcer(request.pid()) {
+                reply.ok();
+            } else {
+                reply.error(Errno::EROFS);
+            }
+        });
     }
 
     fn rename(
         &self,
-        _: &Request,
+        request: &Request,
         parent: INodeNo,
         _: &OsStr,
         _: INodeNo,
@@ -347,7 +378,13 @@ impl Filesystem for Fs {
         _: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+        self.answer(Operation::Other, parent, |server| {
+            if server.is_announcer(request.pid()) {
+                reply.ok();
+            } else {
+                reply.error(Errno::EROFS);
+            }
+        });
     }
 
     fn setattr(

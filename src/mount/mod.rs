@@ -4,6 +4,9 @@
 //! only file that speaks FUSE's requests; [`server`] answers them from the LDB; [`state`] is what
 //! the kernel was told; [`flip`] and [`observer`] make a commit visible.
 
+mod announce;
+mod announcer;
+mod announcing;
 mod control;
 mod counters;
 mod dirs;
@@ -21,24 +24,27 @@ mod tests;
 mod xattr;
 
 use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use fuser::{BackgroundSession, Config, MountOption, Notifier, Session, SessionACL};
 
+use self::announcer::Announcer;
 use self::counters::Requests;
 use self::fs::Fs;
-use self::observer::Flipper;
+use self::observer::{Flipper, SharedAnnouncer};
 use self::server::{Server, ServerSettings};
 use self::state::Lifetimes;
 use crate::ldb::LdbError;
 use crate::ldb::reader::Reader;
 use crate::model::Seq;
 use crate::reflector::CommitObserver;
-use crate::status::StatusBoard;
+use crate::status::{Announced, StatusBoard};
 use crate::tree::access::AccessRules;
+use crate::tree::node;
 
 /// What to mount, and how.
 #[derive(Debug)]
@@ -61,6 +67,8 @@ pub struct Settings {
     pub threads: usize,
     /// Whether OPEN is answered in the ordinary way; for comparison only.
     pub plain_open: bool,
+    /// Whether changes are announced, so that inotify watchers hear of them.
+    pub announce: bool,
     /// Whether the kernel is to take the mount for read-only. Otherwise it is writable for what the
     /// daemon does through it and for pins; every other write is refused all the same.
     pub read_only: bool,
@@ -95,6 +103,8 @@ pub struct MountCounters {
     pub kept_bytes: u64,
     /// Bytes of superseded versions in the state directory.
     pub spilled_bytes: u64,
+    /// What was announced to inotify watchers.
+    pub announced: Announced,
     /// The position of the tree.
     pub seq: Seq,
     /// Families in the tree.
@@ -131,8 +141,29 @@ pub enum MountError {
     },
 }
 
+/// Ends the announcements of a mount.
+#[derive(Clone)]
+pub struct Announcements {
+    server: Arc<Server>,
+    announcer: SharedAnnouncer,
+}
+
+impl Announcements {
+    /// Ends them. What they are made through keeps the file system alive when it is unmounted: to
+    /// be called when that has happened.
+    pub fn end(&self) {
+        self.server.state().announcing.on = false;
+        let mut announcer = self
+            .announcer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(announcer.take());
+    }
+}
+
 /// A mounted tree. Dropping it unmounts.
 pub struct Mounted {
+    announcements: Announcements,
     session: Option<BackgroundSession>,
     notifier: Notifier,
     server: Arc<Server>,
@@ -202,20 +233,56 @@ pub fn mount(
         mountpoint: settings.mountpoint.clone(),
         source,
     };
-    let fs = Fs::new(Arc::clone(&server), requests, !settings.plain_open);
+    let fs = Fs::new(
+        Arc::clone(&server),
+        Arc::clone(&requests),
+        !settings.plain_open,
+    );
     let session = Session::new(fs, &settings.mountpoint, &config).map_err(refused)?;
     let session = session.spawn().map_err(refused)?;
+    let wanted = settings.announce && !settings.read_only;
+    let announcer = match settings.source {
+        Source::Owned if wanted => announce(&server, &settings.mountpoint, &requests),
+        _ => None,
+    };
+    let announcements = Announcements {
+        server: Arc::clone(&server),
+        announcer: Arc::new(Mutex::new(announcer)),
+    };
     let watcher = match settings.source {
         Source::Owned => None,
         Source::Foreign { check_interval } => Some(watch(&server, check_interval / 2)?),
     };
     Ok(Mounted {
+        announcements,
         notifier: session.notifier(),
         session: Some(session),
         server,
         mountpoint: settings.mountpoint,
         _watcher: watcher,
     })
+}
+
+/// Starts the thread that announces changes, where that is possible.
+fn announce(server: &Arc<Server>, mountpoint: &Path, requests: &Requests) -> Option<Announcer> {
+    // Nobody else can know it.
+    let secret = RandomState::new().hash_one(0u8);
+    let stage = format!("{}.{secret:016x}", node::CONTROL_DIR);
+    {
+        let announcing = &mut server.state().announcing;
+        announcing.stage_name = stage.clone().into_bytes();
+        announcing.on = true;
+    }
+    match Announcer::start(mountpoint, &stage, Arc::clone(&server.announcer)) {
+        Ok(announcer) => Some(announcer),
+        Err(error) => {
+            server.state().announcing.on = false;
+            requests.fall_back(&format!(
+                "changes raise no inotify events: announcing them needs root ({error})"
+            ));
+            None
+        }
+    }
 }
 
 /// Starts a thread that drops what was read of a foreign LDB when that has changed.
@@ -298,7 +365,13 @@ impl Mounted {
         Box::new(Flipper::new(
             Arc::clone(&self.server),
             self.notifier.clone(),
+            Arc::clone(&self.announcements.announcer),
         ))
+    }
+
+    /// For ending the announcements once the tree is unmounted.
+    pub fn announcements(&self) -> Announcements {
+        self.announcements.clone()
     }
 
     /// Whether the tree is no longer mounted.

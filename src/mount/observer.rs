@@ -8,13 +8,15 @@
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use fuser::{INodeNo, Notifier};
 
+use super::announcer::{Announcer, Job};
 use super::flip::Plan;
 use super::server::Server;
-use crate::model::{ChangeSet, Extent};
+use crate::model::{Catalog, ChangeSet, Extent};
 use crate::reflector::CommitObserver;
 use crate::tree::node::Node;
 
@@ -40,23 +42,34 @@ impl Kernel for Notifier {
     }
 }
 
+/// The thread that announces, while there is one.
+pub(super) type SharedAnnouncer = Arc<Mutex<Option<Announcer>>>;
+
 /// Carries out the flip for one mount.
 pub(super) struct Flipper<K> {
     server: Arc<Server>,
     kernel: K,
+    announcer: SharedAnnouncer,
+    /// The tables before the commit under way.
+    before: Arc<Catalog>,
     /// Inodes whose attributes are different ones once the commit has happened.
     attributes: Vec<u64>,
     /// Whether a failed notification was logged already.
     complained: bool,
+    /// Whether a failed announcement was logged already.
+    announcement_failed: bool,
 }
 
 impl<K: Kernel> Flipper<K> {
-    pub(super) fn new(server: Arc<Server>, kernel: K) -> Self {
+    pub(super) fn new(server: Arc<Server>, kernel: K, announcer: SharedAnnouncer) -> Self {
         Flipper {
             server,
             kernel,
+            announcer,
+            before: Arc::default(),
             attributes: Vec::new(),
             complained: false,
+            announcement_failed: false,
         }
     }
 
@@ -153,11 +166,53 @@ impl<K: Kernel> Flipper<K> {
     }
 }
 
+impl<K: Kernel> Flipper<K> {
+    /// Raises the events of a commit that has happened. No lock that a worker needs is held: the
+    /// announcing thread is served by the workers.
+    fn announce(&mut self, changes: &ChangeSet) {
+        let jobs = self.server.plan_announcement(changes, &self.before);
+        if jobs.is_empty() {
+            return;
+        }
+        let began = Instant::now();
+        let steps: u64 = jobs.iter().map(|job: &Job| job.steps.len() as u64).sum();
+        let outcome = {
+            let mut announcer = self
+                .announcer
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            match announcer.as_mut() {
+                Some(announcer) => announcer.announce(jobs),
+                None => Ok(None),
+            }
+        };
+        self.server.end_announcement();
+        let failure = match outcome {
+            Ok(Some(outcome)) => {
+                self.server.announced.note(outcome.done, began.elapsed());
+                outcome.error.map(|error| (outcome.failed, error))
+            }
+            Ok(None) => Some((steps, io::ErrorKind::TimedOut.into())),
+            Err(error) => Some((steps, error)),
+        };
+        let Some((failed, error)) = failure else {
+            return;
+        };
+        self.server.announced.fail(failed);
+        if self.server.state().announcing.on
+            && !std::mem::replace(&mut self.announcement_failed, true)
+        {
+            tracing::warn!(%error, "cannot announce some changes: who watches them hears nothing");
+        }
+    }
+}
+
 impl<K: Kernel> CommitObserver for Flipper<K> {
     fn before_commit(&mut self, changes: &ChangeSet) {
         self.attributes.clear();
         let plan = {
             let mut state = self.server.state();
+            self.before = state.view().catalog;
             state.begin(changes);
             state.collect_catalog(changes)
         };
@@ -165,7 +220,7 @@ impl<K: Kernel> CommitObserver for Flipper<K> {
         self.carry_out_rows(changes);
     }
 
-    fn after_commit(&mut self, _: &ChangeSet) {
+    fn after_commit(&mut self, changes: &ChangeSet) {
         let expired = {
             let mut state = self.server.state();
             state.finish();
@@ -185,6 +240,7 @@ impl<K: Kernel> CommitObserver for Flipper<K> {
         // A lookup that was answered before the transition can have brought its attributes to the
         // kernel after they were invalidated: no lock makes one wait for the other.
         self.invalidate_attributes(inodes);
+        self.announce(changes);
     }
 
     fn commit_failed(&mut self, _: &ChangeSet) {

@@ -10,10 +10,11 @@
 
 use std::hash::RandomState;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use super::counters::Announcements;
 use super::dirs::OpenDirs;
 use super::flip::Touch;
 use super::kept::{Keeper, slice};
@@ -116,6 +117,9 @@ pub(super) struct Server {
     pub(super) next_directory: AtomicU64,
     pub(super) status: StatusSource,
     pub(super) board: Arc<StatusBoard>,
+    /// The number of the thread that announces changes; zero while there is none.
+    pub(super) announcer: Arc<AtomicU32>,
+    pub(super) announced: Announcements,
 }
 
 /// What there is to say of a place.
@@ -160,6 +164,8 @@ impl Server {
             next_directory: AtomicU64::new(1),
             status,
             board,
+            announcer: Arc::default(),
+            announced: Announcements::default(),
         })
     }
 
@@ -175,6 +181,20 @@ impl Server {
 
     /// Looks `name` up in the directory `parent`.
     pub(super) fn lookup(&self, parent: u64, name: &[u8]) -> Result<Lookup, Fault> {
+        self.lookup_as(parent, name, None)
+    }
+
+    /// Answers a lookup of `name` in `parent` with `node`, whatever else the name would lead to.
+    pub(super) fn lookup_node(
+        &self,
+        parent: u64,
+        name: &[u8],
+        node: Node,
+    ) -> Result<Lookup, Fault> {
+        self.lookup_as(parent, name, Some(node))
+    }
+
+    fn lookup_as(&self, parent: u64, name: &[u8], known: Option<Node>) -> Result<Lookup, Fault> {
         for _ in 0..MAX_TRIES {
             let (directory, view) = {
                 let state = self.state();
@@ -184,7 +204,11 @@ impl Server {
                 }
                 (slot.node.clone(), state.view())
             };
-            let node = match node::step(&view.catalog, &directory, name) {
+            let step = match &known {
+                Some(node) => Step::Node(node.clone()),
+                None => node::step(&view.catalog, &directory, name),
+            };
+            let node = match step {
                 Step::Nothing => None,
                 Step::Node(Node::ControlFile(file)) => return self.lookup_control(file),
                 Step::Node(node) => Some(node),
@@ -225,6 +249,9 @@ impl Server {
             let Some(found) = self.checked(&view, loaded)? else {
                 continue;
             };
+            if known.is_some() && found.value.is_none() {
+                return Ok(Lookup::Absent(Duration::ZERO));
+            }
             let Some(entered) = self.register(&view, parent, name, node.clone(), &found) else {
                 self.catch_up()?;
                 continue;
@@ -399,6 +426,7 @@ impl Server {
         let view = state.view();
         MountCounters {
             nodes: state.slot_count() as u64,
+            announced: self.announced.counts(state.announcing.on),
             kept_bytes,
             spilled_bytes,
             seq: view.seq,

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use lru::LruCache;
 
+use super::announcing::Announcing;
 use super::control::Handed;
 use super::flip::{Touch, Transition};
 use super::kept::Kept;
@@ -103,6 +104,8 @@ pub(super) struct State {
     rows: RowCache,
     /// The latest versions of the control files.
     pub(super) controls: HashMap<ControlFile, Handed>,
+    /// What the thread that announces changes is answered.
+    pub(super) announcing: Announcing,
 }
 
 impl State {
@@ -120,6 +123,7 @@ impl State {
             swept: Instant::now(),
             rows: RowCache::new(row_bytes),
             controls: HashMap::new(),
+            announcing: Announcing::default(),
         };
         state.allocate(Node::Root, 0);
         state
@@ -253,6 +257,23 @@ impl State {
         }
     }
 
+    /// Hands the directory that entries move in from to the kernel.
+    pub(super) fn enter_stage(&mut self) -> Entered {
+        let version = Arc::new(Version {
+            bytes: None,
+            mark: Mark::default(),
+        });
+        let entered = self.enter_frozen(Node::Control, version);
+        self.announcing.stage = Some(entered.ino);
+        entered
+    }
+
+    /// Hands an inode that the kernel has to it once more; false if it has forgotten it.
+    pub(super) fn enter_old(&mut self, ino: u64) -> bool {
+        let slot = self.slots.get_mut(&ino);
+        slot.map(|slot| slot.lookups += 1).is_some()
+    }
+
     /// How long the kernel may keep that `parent` has no `name`; `node` is what the name would
     /// lead to, if anything.
     pub(super) fn enter_absent(
@@ -327,6 +348,14 @@ impl State {
         if self.inodes.get(&slot.node) == Some(&ino) {
             self.inodes.remove(&slot.node);
         }
+    }
+
+    /// The place of `ino` has moved on because of a commit, which may have to be announced.
+    pub(super) fn supersede(&mut self, ino: u64) {
+        if let Some(slot) = self.slots.get(&ino).filter(|slot| !slot.detached) {
+            self.announcing.note(&slot.node, ino);
+        }
+        self.detach(ino);
     }
 
     /// How long answers hold that nothing is about to change.

@@ -72,7 +72,7 @@ impl World {
             notes: self.sender.clone(),
             hook: Mutex::new(Some(Box::new(hook))),
         };
-        let mut flipper = Flipper::new(Arc::clone(&self.server), recorder);
+        let mut flipper = Flipper::new(Arc::clone(&self.server), recorder, Arc::default());
         apply(&mut self.writer, &mut self.seq, statements, &mut flipper);
     }
 
@@ -216,7 +216,7 @@ fn whoever_sees_the_commit_first_completes_the_flip() {
         notes: world.sender.clone(),
         hook: Mutex::new(None),
     };
-    let mut flipper = Flipper::new(Arc::clone(&world.server), recorder);
+    let mut flipper = Flipper::new(Arc::clone(&world.server), recorder, Arc::default());
     let changes = prepare(
         &mut world.writer,
         &mut world.seq,
@@ -243,7 +243,7 @@ fn a_commit_that_fails_leaves_everything_as_it_was() {
         notes: world.sender.clone(),
         hook: Mutex::new(None),
     };
-    let mut flipper = Flipper::new(Arc::clone(&world.server), recorder);
+    let mut flipper = Flipper::new(Arc::clone(&world.server), recorder, Arc::default());
     let changes = prepare(
         &mut world.writer,
         &mut world.seq,

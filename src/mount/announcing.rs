@@ -1,0 +1,160 @@
+//! What the thread that announces changes is answered: it alone is shown what a name led to before
+//! the commit, and the entries that move in.
+//!
+//! It is told apart by the number of the thread that makes the request. Everybody else is answered
+//! as ever.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::server::{Attributes, Content, Fault, Found, Lookup, Server};
+use super::state::{Entered, ROOT, Version};
+use crate::ldb::reader::Mark;
+use crate::model::Seq;
+use crate::tree::node::Node;
+
+/// At most so many inodes are remembered as replaced by one flip.
+pub(super) const MAX_SUPERSEDED: usize = 4096;
+
+/// What the announcing thread is answered.
+#[derive(Debug, Default)]
+pub(super) struct Announcing {
+    /// Whether changes are announced at all.
+    pub(super) on: bool,
+    /// The name of the directory, in the root, that entries move in from.
+    pub(super) stage_name: Vec<u8>,
+    /// Its inode.
+    pub(super) stage: Option<u64>,
+    /// What the last flip moved on from.
+    pub(super) superseded: Vec<(Node, u64)>,
+    pub(super) staged: HashMap<Vec<u8>, Node>,
+    pub(super) targets: HashMap<(u64, Vec<u8>), Target>,
+    /// Numbers the staged entries.
+    pub(super) next: u64,
+}
+
+/// What a name leads to for the announcing thread.
+#[derive(Debug, Clone)]
+pub(super) enum Target {
+    /// To nothing; `makes` is what a directory of that name becomes.
+    Absent {
+        /// The place that is made.
+        makes: Option<Node>,
+    },
+    /// To the inode that was there before the commit.
+    Old(u64),
+    /// To an inode that nobody else has, for what the kernel has not seen before.
+    Ghost(Node),
+    /// To an entry that moves in.
+    Staged(Node),
+}
+
+impl Announcing {
+    /// Notes that `node` has moved on from `ino`.
+    pub(super) fn note(&mut self, node: &Node, ino: u64) {
+        if self.on && self.superseded.len() < MAX_SUPERSEDED {
+            self.superseded.push((node.clone(), ino));
+        }
+    }
+
+    /// What the announcing thread is to see of `name` in `parent`; `None` for what everybody sees.
+    pub(super) fn target(&self, parent: u64, name: &[u8]) -> Option<Target> {
+        if Some(parent) == self.stage {
+            return self.staged.get(name).cloned().map(Target::Staged);
+        }
+        self.targets.get(&(parent, name.to_vec())).cloned()
+    }
+
+    /// Everything has been announced.
+    pub(super) fn clear(&mut self) {
+        self.staged.clear();
+        self.targets.clear();
+    }
+}
+
+impl Server {
+    /// Whether a request of the thread `tid` is the announcing thread's.
+    pub(super) fn is_announcer(&self, tid: u32) -> bool {
+        tid != 0 && self.announcer.load(Ordering::Acquire) == tid
+    }
+
+    /// A name as the announcing thread sees it.
+    pub(super) fn lookup_announcing(&self, parent: u64, name: &[u8]) -> Result<Lookup, Fault> {
+        let target = {
+            let mut state = self.state();
+            if parent == ROOT && name == state.announcing.stage_name {
+                let entered = state.enter_stage();
+                drop(state);
+                return Ok(self.stage(entered));
+            }
+            state.announcing.target(parent, name)
+        };
+        match target {
+            None => self.lookup(parent, name),
+            Some(Target::Staged(node)) => self.lookup_node(parent, name, node),
+            Some(Target::Absent { .. }) => Ok(Lookup::Absent(Duration::ZERO)),
+            Some(Target::Old(ino)) => match self.getattr(ino) {
+                Ok((attributes, _)) if self.state().enter_old(ino) => Ok(shown_once(attributes)),
+                // The kernel has forgotten it, and with it every watch.
+                _ => Ok(Lookup::Absent(Duration::ZERO)),
+            },
+            Some(Target::Ghost(node)) => Ok(self.ghost(node)),
+        }
+    }
+
+    /// Makes the directory `name` in `parent`, as an announcement has it.
+    pub(super) fn make_announced(&self, parent: u64, name: &[u8]) -> Result<Lookup, Fault> {
+        let target = self.state().announcing.target(parent, name);
+        match target {
+            Some(Target::Absent { makes: Some(node) }) => self.lookup_node(parent, name, node),
+            _ => Err(Fault::NotFound),
+        }
+    }
+
+    /// The directory that entries move in from.
+    fn stage(&self, entered: Entered) -> Lookup {
+        let found = self.nothing();
+        Lookup::Found {
+            attributes: self.attributes(&Node::Control, entered.ino, &found, 1),
+            entry_ttl: entered.entry_ttl,
+            attr_ttl: entered.attr_ttl,
+        }
+    }
+
+    /// An inode for something that is removed before anybody else sees it.
+    fn ghost(&self, node: Node) -> Lookup {
+        let found = self.nothing();
+        let version = Arc::new(Version {
+            bytes: None,
+            mark: found.mark,
+        });
+        let entered = self.state().enter_frozen(node.clone(), version);
+        shown_once(self.attributes(&node, entered.ino, &found, 1))
+    }
+
+    fn nothing(&self) -> Found {
+        Found {
+            size: 0,
+            mark: Mark {
+                seq: Seq::ZERO,
+                time: self.started,
+            },
+            content: Content::None,
+        }
+    }
+}
+
+/// An entry that the kernel asks for again at each use.
+fn shown_once(attributes: Attributes) -> Lookup {
+    Lookup::Found {
+        // A name leads to it, for this one thread.
+        attributes: Attributes {
+            links: 1,
+            ..attributes
+        },
+        entry_ttl: Duration::ZERO,
+        attr_ttl: Duration::ZERO,
+    }
+}
