@@ -1,0 +1,289 @@
+//! Programs that know nothing of ctlfs watch a thousand changes, twenty a second, and miss none.
+//!
+//! A file of its own, so that nothing else runs beside it.
+//!
+//! Python's watchdog and Node's chokidar come from their registries, into a directory of the test.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub
+)]
+
+mod common {
+    pub mod daemon;
+    pub mod ledger;
+    pub mod watcher;
+}
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::ledger::Tree;
+use common::watcher::Watcher;
+
+const FLAGS: &str =
+    r#"CREATE TABLE app___flags ("name" VARCHAR(191), "enabled" INTEGER, PRIMARY KEY("name"));"#;
+
+fn flag(value: usize) -> String {
+    format!("REPLACE INTO app___flags (\"name\",\"enabled\") VALUES('a',{value})")
+}
+
+const CHANGES: usize = 1000;
+const PACE: Duration = Duration::from_millis(50);
+/// What may pass between a change and its notice.
+const LATE: Duration = Duration::from_secs(1);
+
+/// Prints a line for whatever moves into the row's directory.
+const WATCHDOG: &str = r#"
+import sys
+from watchdog.observers import Observer
+from watchdog.events import FileSystemEventHandler
+class Handler(FileSystemEventHandler):
+    def on_any_event(self, event):
+        path = event.dest_path or event.src_path
+        if event.event_type in ("created", "moved") and path.endswith("/enabled"):
+            print("saw enabled", flush=True)
+observer = Observer()
+observer.schedule(Handler(), sys.argv[1], recursive=True)
+observer.start()
+print("watching", flush=True)
+observer.join()
+"#;
+
+/// Prints the content whenever chokidar says that the file changed.
+const CHOKIDAR: &str = r#"
+import { readFileSync } from "node:fs";
+import { watch } from "chokidar";
+const file = process.argv[2];
+const look = () => { try { console.log("value", readFileSync(file, "utf8").trim()); } catch {} };
+watch(file).on("ready", () => console.log("watching")).on("change", look).on("add", look);
+"#;
+
+/// Prints a line for whatever happens to the name in the row's directory.
+const FS_WATCH: &str = r#"
+const { watch } = require("node:fs");
+watch(process.argv[1], (event, name) => { if (name === "enabled") console.log("saw", name); });
+console.log("watching");
+"#;
+
+/// Watches one file with inotifywait, again and again, for a watch ends with its file. What the
+/// file holds is looked at once the watch is there, so that nothing falls in between.
+const FILE_LOOP: &str = r#"
+echo watching
+while :; do
+    inotifywait -m -e attrib,delete_self "$1" 2>&1 | while read -r line; do
+        case $line in
+            *established*) echo value "$(cat "$1")" ;;
+            *DELETE_SELF*) pkill -P $$ -x inotifywait; break ;;
+        esac
+    done
+done
+"#;
+
+/// What a watcher is to show.
+enum Sees {
+    /// This line, once for each change.
+    Events(&'static str),
+    /// Each value, behind this.
+    Values(&'static str),
+    /// The same, but it may leave out values that were replaced before it came to read them.
+    Latest(&'static str),
+}
+
+struct Watched {
+    name: &'static str,
+    watcher: Watcher,
+    sees: Sees,
+}
+
+fn install(what: &str, command: &mut Command) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("cannot install {what}: {error}"));
+    assert!(
+        output.status.success(),
+        "cannot install {what}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn packages(directory: &Path) -> (PathBuf, PathBuf) {
+    let (python, node) = (directory.join("python"), directory.join("node"));
+    install(
+        "watchdog",
+        Command::new("python3")
+            .args(["-m", "pip", "install", "--quiet", "--target"])
+            .arg(&python)
+            .arg("watchdog"),
+    );
+    install(
+        "chokidar",
+        Command::new("npm")
+            .args(["install", "--no-audit", "--no-fund", "--prefix"])
+            .arg(&node)
+            .arg("chokidar"),
+    );
+    (python, node)
+}
+
+fn watchers(tree: &Tree, home: &Path) -> Vec<Watched> {
+    let (python, node) = packages(home);
+    let (table, row) = (tree.path("app/flags"), tree.path("app/flags/a"));
+    let file = row.join("enabled");
+    let chokidar = node.join("watch.mjs");
+    std::fs::write(&chokidar, CHOKIDAR).unwrap();
+    let script = |program: &str, args: &[&str], last: &Path| {
+        let mut command = Command::new(program);
+        command.args(args).arg(last).env("PYTHONPATH", &python);
+        let watcher = Watcher::start(&mut command);
+        watcher.wait_for("watching");
+        watcher
+    };
+    // Polls, for it takes every FUSE file system for a remote one.
+    let tail = Watcher::start(
+        Command::new("tail")
+            .args(["-F", "-s", "0.005", "--max-unchanged-stats=1"])
+            .arg(&file),
+    );
+    tail.wait_for("0");
+    vec![
+        Watched {
+            name: "inotifywait on the table",
+            watcher: Watcher::inotifywait(&["-e", "moved_to"], &[&table]),
+            sees: Sees::Events(".seq"),
+        },
+        Watched {
+            name: "inotifywait on the row",
+            watcher: Watcher::inotifywait(&["-e", "moved_to"], &[&row]),
+            sees: Sees::Events("enabled"),
+        },
+        Watched {
+            name: "inotifywait on the file",
+            watcher: script("sh", &["-c", FILE_LOOP, "sh"], &file),
+            sees: Sees::Latest("value "),
+        },
+        Watched {
+            name: "watchdog",
+            watcher: script("python3", &["-c", WATCHDOG], &table),
+            sees: Sees::Events("saw enabled"),
+        },
+        Watched {
+            name: "chokidar",
+            watcher: script("node", &[chokidar.to_str().unwrap()], &file),
+            sees: Sees::Latest("value "),
+        },
+        Watched {
+            name: "fs.watch",
+            watcher: script("node", &["-e", FS_WATCH], &row),
+            sees: Sees::Events("saw enabled"),
+        },
+        Watched {
+            name: "tail -F",
+            watcher: tail,
+            sees: Sees::Values(""),
+        },
+    ]
+}
+
+#[test]
+fn programs_of_others_see_every_change() {
+    let tree = Tree::new(&["-o", "newline"], &[FLAGS, &flag(0)]);
+    let home = tempfile::tempdir().unwrap();
+    let watchers = watchers(&tree, home.path());
+    let mut changed = Vec::new();
+    let began = Instant::now();
+    for change in 1..=CHANGES {
+        // A pace, not a wait: changes come at fixed times.
+        let due = began + PACE * u32::try_from(change).unwrap();
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        tree.ledger.append(&[flag(change)]);
+        changed.push(Instant::now());
+    }
+    let mut failed = Vec::new();
+    for Watched {
+        name,
+        watcher,
+        sees,
+    } in &watchers
+    {
+        let Seen {
+            missed,
+            skipped,
+            latest,
+        } = match sees {
+            Sees::Events(end) => events(watcher, end, &changed),
+            Sees::Values(before) => values(watcher, before, &changed, false),
+            Sees::Latest(before) => values(watcher, before, &changed, true),
+        };
+        println!("{name}: {missed} missed, {skipped} passed over, the latest after {latest:?}");
+        if missed > 0 || latest >= LATE {
+            failed.push(*name);
+        }
+    }
+    assert_eq!(failed, [] as [&str; 0]);
+}
+
+/// How a watcher did.
+struct Seen {
+    /// Changes that it did not notice in time.
+    missed: usize,
+    /// Changes of which it noticed only that something later was there.
+    skipped: usize,
+    /// How late the latest notice was.
+    latest: Duration,
+}
+
+/// By the number of events.
+fn events(watcher: &Watcher, end: &str, changed: &[Instant]) -> Seen {
+    let mut times = Vec::new();
+    let give_up = Instant::now() + 2 * LATE;
+    while times.len() < changed.len() && Instant::now() < give_up {
+        let lines = watcher.rest().into_iter();
+        times.extend(lines.filter(|(_, l)| l.ends_with(end)).map(|(t, _)| t));
+        std::thread::yield_now();
+    }
+    let late = times.iter().zip(changed);
+    let late = late.map(|(seen, at)| seen.saturating_duration_since(*at));
+    Seen {
+        missed: changed.len().saturating_sub(times.len()),
+        skipped: 0,
+        latest: late.max().unwrap_or_default(),
+    }
+}
+
+/// By the values that it shows. With `latest`, one that shows a later value has noticed all before.
+fn values(watcher: &Watcher, before: &str, changed: &[Instant], latest: bool) -> Seen {
+    let mut seen = vec![None; changed.len() + 1];
+    let give_up = Instant::now() + 2 * LATE;
+    while seen.last().is_none_or(Option::is_none) && Instant::now() < give_up {
+        for (time, line) in watcher.rest() {
+            let value = line.strip_prefix(before);
+            let value = value.and_then(|v| v.parse::<usize>().ok());
+            if let Some(first) = value.and_then(|v| seen.get_mut(v)) {
+                first.get_or_insert(time);
+            }
+        }
+        std::thread::yield_now();
+    }
+    let shown = seen.iter().skip(1).flatten().count();
+    if latest {
+        let mut next = None;
+        for time in seen.iter_mut().rev() {
+            next = time.or(next);
+            *time = next;
+        }
+    }
+    let noticed: Vec<_> = seen.iter().skip(1).zip(changed).collect();
+    let late = noticed
+        .iter()
+        .filter_map(|(seen, at)| Some(seen.as_ref()?.saturating_duration_since(**at)));
+    let missed = noticed.iter().filter(|(seen, _)| seen.is_none()).count();
+    Seen {
+        missed,
+        skipped: changed.len() - shown - missed,
+        latest: late.max().unwrap_or_default(),
+    }
+}
