@@ -18,6 +18,7 @@ mod capture;
 pub mod catalog;
 mod dirs;
 mod image;
+mod journal;
 mod overflow;
 pub mod reader;
 mod reshape;

@@ -21,6 +21,7 @@ use super::state::{State, View};
 use crate::model::{
     Catalog, ChangeSet, Extent, Key, RowChange, RowKind, TableChange, TableRef, Value,
 };
+use crate::tree::export::ExportFile;
 use crate::tree::node::{Node, RowFile, TableFile};
 
 /// A transaction of more changed rows than this is announced by the `.seq` of its tables only.
@@ -73,7 +74,7 @@ impl Server {
             after: view.catalog,
             old: old
                 .into_iter()
-                .filter(|(node, _)| few || matches!(node, Node::TableFile(..)))
+                .filter(|(node, _)| few || matches!(node, Node::TableFile(..) | Node::Export(..)))
                 .collect(),
             last: None,
             jobs: Vec::new(),
@@ -106,6 +107,18 @@ impl Server {
         for TableChange { table, extent } in &changes.tables {
             let name = Arc::new(table.clone());
             let exists = after.get(table).is_some();
+            for file in ExportFile::ALL {
+                let suits = |catalog: &Catalog| {
+                    let table = catalog.get(table);
+                    table.is_some_and(|table| file.suits(&table.schema))
+                };
+                let node = Node::Export(Arc::clone(&name), file);
+                if suits(after) {
+                    acts.push(Act::Replace(node));
+                } else if suits(before) {
+                    acts.push(Act::Remove(node));
+                }
+            }
             if exists && before.get(table).is_none() {
                 acts.push(Act::Make(Node::Table(Arc::clone(&name))));
                 continue;

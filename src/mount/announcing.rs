@@ -95,12 +95,32 @@ impl Server {
             None => self.lookup(parent, name),
             Some(Target::Staged(node)) => self.lookup_node(parent, name, node),
             Some(Target::Absent { .. }) => Ok(Lookup::Absent(Duration::ZERO)),
-            Some(Target::Old(ino)) => match self.getattr(ino) {
-                Ok((attributes, _)) if self.state().enter_old(ino) => Ok(shown_once(attributes)),
+            Some(Target::Old(ino)) => match self.old_attributes(ino) {
+                Some(attributes) if self.state().enter_old(ino) => Ok(shown_once(attributes)),
                 // The kernel has forgotten it, and with it every watch.
                 _ => Ok(Lookup::Absent(Duration::ZERO)),
             },
             Some(Target::Ghost(node)) => Ok(self.ghost(node)),
+        }
+    }
+
+    /// The attributes of a superseded inode, as the kernel has them; `None` if it does not.
+    fn old_attributes(&self, ino: u64) -> Option<Attributes> {
+        let unmade = {
+            let state = self.state();
+            let slot = state.slot(ino)?;
+            (slot.node.is_lazy() && slot.version.is_none()).then(|| slot.node.clone())
+        };
+        match unmade {
+            // As a lookup answered: another size would cut off what the kernel has cached.
+            Some(node) => {
+                let found = Found {
+                    size: self.export_max_size,
+                    ..self.nothing()
+                };
+                Some(self.attributes(&node, ino, &found, 1))
+            }
+            None => self.getattr(ino).ok().map(|(attributes, _)| attributes),
         }
     }
 

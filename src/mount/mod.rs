@@ -7,11 +7,14 @@
 mod announce;
 mod announcer;
 mod announcing;
+mod answer;
 mod control;
 mod counters;
 mod dirs;
+mod export;
 mod flip;
 mod fs;
+mod inode;
 mod kept;
 mod listing;
 mod load;
@@ -34,6 +37,7 @@ use fuser::{BackgroundSession, Config, MountOption, Notifier, Session, SessionAC
 
 use self::announcer::Announcer;
 use self::counters::Requests;
+use self::export::Renderer;
 use self::fs::Fs;
 use self::observer::{Flipper, SharedAnnouncer};
 use self::server::{Server, ServerSettings};
@@ -61,6 +65,8 @@ pub struct Settings {
     pub access: AccessRules,
     /// Whether integer, decimal and string fields end with a newline.
     pub newline: bool,
+    /// How many bytes a table may have that is shown as one file.
+    pub export_max_size: u64,
     /// Whether users other than the one who mounts may enter.
     pub allow_other: bool,
     /// How many requests are served at once.
@@ -203,6 +209,7 @@ pub fn mount(
             spill: settings.state_dir,
             access: settings.access,
             newline: settings.newline,
+            export_max_size: settings.export_max_size,
             started: SystemTime::now(),
         },
         status,
@@ -233,9 +240,11 @@ pub fn mount(
         mountpoint: settings.mountpoint.clone(),
         source,
     };
+    let renderer = Renderer::start(&server).map_err(refused)?;
     let fs = Fs::new(
         Arc::clone(&server),
         Arc::clone(&requests),
+        renderer,
         !settings.plain_open,
     );
     let session = Session::new(fs, &settings.mountpoint, &config).map_err(refused)?;
