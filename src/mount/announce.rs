@@ -10,7 +10,7 @@
 //! Only what can be watched is announced: what is in directories that the kernel knows. It knows
 //! those that somebody has looked up and that it has not dropped since.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
 use std::sync::Arc;
 
@@ -40,6 +40,8 @@ struct Plan<'a> {
     before: &'a Catalog,
     after: Arc<Catalog>,
     old: HashMap<Node, u64>,
+    /// What is above those: a watch holds an inode, and nothing of the way to it.
+    above: HashSet<Node>,
     /// The directory that the last job is for.
     last: Option<Node>,
     jobs: Vec<Job>,
@@ -67,15 +69,24 @@ impl Server {
             .sum();
         let few = rows <= MAX_CHANGES && old.len() < MAX_SUPERSEDED;
         let acts = self.acts(changes, &view, before, &old, few);
+        let old: HashMap<Node, u64> = old
+            .into_iter()
+            .filter(|(node, _)| few || matches!(node, Node::TableFile(..) | Node::Export(..)))
+            .collect();
+        let mut above = HashSet::new();
+        for node in old.keys() {
+            let mut node = node.parent();
+            while node != Node::Root && above.insert(node.clone()) {
+                node = node.parent();
+            }
+        }
         let mut state = self.state();
         let mut plan = Plan {
             state: &mut state,
             before,
             after: view.catalog,
-            old: old
-                .into_iter()
-                .filter(|(node, _)| few || matches!(node, Node::TableFile(..) | Node::Export(..)))
-                .collect(),
+            old,
+            above,
             last: None,
             jobs: Vec::new(),
         };
@@ -240,10 +251,10 @@ impl Plan<'_> {
         let (Act::Replace(node) | Act::Remove(node) | Act::Make(node)) = &act;
         let parent = node.parent();
         // A directory that is gone is known by the inode it had.
-        let known = self.state.ino(&parent);
-        let Some(directory) = known.or_else(|| self.old.get(&parent).copied()) else {
+        let known = self.state.ino(&parent).is_some() || self.old.contains_key(&parent);
+        if !known && !self.old.contains_key(node) && !self.above.contains(node) {
             return;
-        };
+        }
         let Some(name) = self.name(node) else { return };
         let Ok(text) = CString::new(name.clone()) else {
             return;
@@ -271,7 +282,7 @@ impl Plan<'_> {
                 } else {
                     Step::Unlink(text)
                 };
-                (old.map_or(Target::Ghost(node), Target::Old), step)
+                (Target::Going(old, node), step)
             }
             Act::Make(node) => (Target::Absent { makes: Some(node) }, Step::Make(text)),
         };
@@ -283,15 +294,12 @@ impl Plan<'_> {
                 directory: path,
                 steps: Vec::new(),
             });
-            self.last = Some(parent);
+            self.last = Some(parent.clone());
         }
         if let Some(job) = self.jobs.last_mut() {
             job.steps.push(step);
         }
-        self.state
-            .announcing
-            .targets
-            .insert((directory, name), target);
+        self.state.announcing.targets.insert((parent, name), target);
     }
 
     fn name(&self, node: &Node) -> Option<Vec<u8>> {

@@ -30,7 +30,8 @@ pub(super) struct Announcing {
     /// What the last flip moved on from.
     pub(super) superseded: Vec<(Node, u64)>,
     pub(super) staged: HashMap<Vec<u8>, Node>,
-    pub(super) targets: HashMap<(u64, Vec<u8>), Target>,
+    /// By the directory's place: which inode it has may change while it is removed.
+    pub(super) targets: HashMap<(Node, Vec<u8>), Target>,
     /// Numbers the staged entries.
     pub(super) next: u64,
 }
@@ -43,10 +44,11 @@ pub(super) enum Target {
         /// The place that is made.
         makes: Option<Node>,
     },
-    /// To the inode that was there before the commit.
+    /// To the inode that was there before the commit, or nothing if the kernel has dropped it.
     Old(u64),
-    /// To an inode that nobody else has, for what the kernel has not seen before.
-    Ghost(Node),
+    /// To the inode that was there before the commit, or one that nobody else has: something has to
+    /// be there for it to be removed.
+    Going(Option<u64>, Node),
     /// To an entry that moves in.
     Staged(Node),
 }
@@ -59,12 +61,13 @@ impl Announcing {
         }
     }
 
-    /// What the announcing thread is to see of `name` in `parent`; `None` for what everybody sees.
-    pub(super) fn target(&self, parent: u64, name: &[u8]) -> Option<Target> {
-        if Some(parent) == self.stage {
+    /// What the announcing thread is to see of `name` in the directory `parent`, which has the inode
+    /// `ino`; `None` for what everybody sees.
+    fn target(&self, ino: u64, parent: &Node, name: &[u8]) -> Option<Target> {
+        if Some(ino) == self.stage {
             return self.staged.get(name).cloned().map(Target::Staged);
         }
-        self.targets.get(&(parent, name.to_vec())).cloned()
+        self.targets.get(&(parent.clone(), name.to_vec())).cloned()
     }
 
     /// Everything has been announced.
@@ -89,19 +92,29 @@ impl Server {
                 drop(state);
                 return Ok(self.stage(entered));
             }
-            state.announcing.target(parent, name)
+            let directory = &state.slot(parent).ok_or(Fault::Stale)?.node;
+            state.announcing.target(parent, directory, name)
         };
         match target {
             None => self.lookup(parent, name),
             Some(Target::Staged(node)) => self.lookup_node(parent, name, node),
             Some(Target::Absent { .. }) => Ok(Lookup::Absent(Duration::ZERO)),
-            Some(Target::Old(ino)) => match self.old_attributes(ino) {
-                Some(attributes) if self.state().enter_old(ino) => Ok(shown_once(attributes)),
-                // The kernel has forgotten it, and with it every watch.
-                _ => Ok(Lookup::Absent(Duration::ZERO)),
-            },
-            Some(Target::Ghost(node)) => Ok(self.ghost(node)),
+            // The kernel may have dropped it, and with it every watch.
+            Some(Target::Old(ino)) => {
+                let shown = self.show_old(ino);
+                Ok(shown.unwrap_or(Lookup::Absent(Duration::ZERO)))
+            }
+            Some(Target::Going(ino, node)) => {
+                let shown = ino.and_then(|ino| self.show_old(ino));
+                Ok(shown.unwrap_or_else(|| self.ghost(node)))
+            }
         }
+    }
+
+    /// Hands a superseded inode to the kernel once more; `None` if it has dropped it.
+    fn show_old(&self, ino: u64) -> Option<Lookup> {
+        let attributes = self.old_attributes(ino)?;
+        self.state().enter_old(ino).then(|| shown_once(attributes))
     }
 
     /// The attributes of a superseded inode, as the kernel has them; `None` if it does not.
@@ -126,7 +139,11 @@ impl Server {
 
     /// Makes the directory `name` in `parent`, as an announcement has it.
     pub(super) fn make_announced(&self, parent: u64, name: &[u8]) -> Result<Lookup, Fault> {
-        let target = self.state().announcing.target(parent, name);
+        let target = {
+            let state = self.state();
+            let directory = &state.slot(parent).ok_or(Fault::Stale)?.node;
+            state.announcing.target(parent, directory, name)
+        };
         match target {
             Some(Target::Absent { makes: Some(node) }) => self.lookup_node(parent, name, node),
             _ => Err(Fault::NotFound),
