@@ -16,6 +16,8 @@ use crate::status::{Problem, ProblemKind, StatusBoard};
 
 /// An unfinished ledger transaction is a problem when it is still so after this many looks.
 const PATIENCE: u32 = 3;
+/// With no more than so many entries to be applied, each ledger transaction is committed by itself.
+const LIVE_ENTRIES: usize = 64;
 /// How many gaps are looked at in one idle poll, and how many sequences they may span.
 const GAPS_AT_ONCE: u32 = 256;
 const GAP_SPAN: u64 = 1_000;
@@ -227,6 +229,9 @@ impl Reflector {
             batch_bytes,
             ..
         } = self.settings;
+        // Who watches the tree sees each transaction by itself while that can be kept up with.
+        let live = self.caught_up && self.queue.len() <= LIVE_ENTRIES;
+        let batch_entries = if live { 1 } else { batch_entries };
         let head = whole_transactions(&self.queue, batch_entries, batch_bytes);
         match head {
             Head::Whole(0) => {

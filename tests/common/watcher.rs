@@ -84,6 +84,22 @@ impl Watcher {
         self.until(end);
     }
 
+    /// The processes of its group, itself first.
+    pub fn pids(&self) -> Vec<u32> {
+        let own = self.child.id();
+        let in_group = |pid: &u32| {
+            // The group is the third word behind the name, which may hold anything.
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+            rest.split(' ').nth(2) == Some(own.to_string().as_str())
+        };
+        let entries = std::fs::read_dir("/proc").expect("there is a /proc");
+        let pids = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse().ok());
+        std::iter::once(own)
+            .chain(pids.filter(|pid| *pid != own).filter(in_group))
+            .collect()
+    }
+
     /// What has come and was not looked at.
     pub fn rest(&self) -> Vec<(Instant, String)> {
         self.lines.try_iter().collect()
