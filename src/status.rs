@@ -107,6 +107,25 @@ pub struct Counters<'a> {
     pub spilled_bytes: u64,
     /// What the kernel lacks, and what is done instead.
     pub fallbacks: &'a [String],
+    /// The pins, in the order in which they were made.
+    pub pins: &'a [PinStatus],
+    /// Bytes of the LDB's log that they hold back.
+    pub pins_held_bytes: u64,
+}
+
+/// A pin, as status.json shows it.
+#[derive(Debug, Clone)]
+pub struct PinStatus {
+    /// The name of its directory.
+    pub name: String,
+    /// The sequence that it shows.
+    pub seq: Seq,
+    /// How long ago it was made.
+    pub age: Duration,
+    /// Who made it.
+    pub uid: u32,
+    /// Whether a bound has ended it, and only its directory is left.
+    pub dropped: bool,
 }
 
 /// What does not change while a daemon lives.
@@ -321,6 +340,14 @@ pub fn render_json(
         interval_name: humantime::format_duration(interval).to_string(),
         "stale_after": humantime::format_duration(info.stale_after).to_string(),
         "fallbacks": counters.fallbacks,
+        "pins": counters.pins.iter().map(|pin| json!({
+            "name": pin.name,
+            "seq": pin.seq.get(),
+            "age_seconds": pin.age.as_secs(),
+            "uid": pin.uid,
+            "dropped": pin.dropped,
+        })).collect::<Vec<_>>(),
+        "pins_held_bytes": counters.pins_held_bytes,
     });
     if let Some(requests) = status.get_mut("requests").and_then(Json::as_object_mut) {
         for (operation, count) in counters.requests {
@@ -437,6 +464,8 @@ mod tests {
             kept_bytes: 0,
             spilled_bytes: 0,
             fallbacks: &[],
+            pins: &[],
+            pins_held_bytes: 0,
         };
         let info = StaticInfo {
             pid: 42,

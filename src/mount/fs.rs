@@ -95,6 +95,12 @@ fn errno(fault: &Fault) -> Errno {
         Fault::NoAttribute => Errno::NO_XATTR,
         Fault::NotADirectory => Errno::ENOTDIR,
         Fault::TooLarge => Errno::EFBIG,
+        Fault::ReadOnly => Errno::EROFS,
+        Fault::Exists => Errno::EEXIST,
+        Fault::BadName => Errno::EINVAL,
+        Fault::NameTooLong => Errno::ENAMETOOLONG,
+        Fault::TooManyPins => Errno::ENOSPC,
+        Fault::CannotPin => Errno::EOPNOTSUPP,
         // Logged where it was found; a reader that tries again must not fill the log.
         Fault::Unrendered => Errno::EIO,
         Fault::Ldb(LdbError::Corrupt { .. } | LdbError::NotAnLdb { .. }) => Errno::EIO,
@@ -144,6 +150,22 @@ fn absent() -> FileAttr {
     })
 }
 
+fn reply_entry(reply: ReplyEntry, entry: Result<Lookup, Fault>) {
+    match entry {
+        Ok(Lookup::Found {
+            attributes,
+            entry_ttl,
+            attr_ttl,
+        }) => {
+            let attr = file_attr(&attributes);
+            reply.entry_with_ttls(&attr_ttl, &entry_ttl, &attr, GENERATION);
+        }
+        Ok(Lookup::Absent(ttl)) if ttl.is_zero() => reply.error(Errno::ENOENT),
+        Ok(Lookup::Absent(ttl)) => reply.entry(&ttl, &absent(), GENERATION),
+        Err(fault) => reply.error(errno(&fault)),
+    }
+}
+
 fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>, Fault>) {
     match value {
         Err(fault) => reply.error(errno(&fault)),
@@ -179,19 +201,7 @@ impl Filesystem for Fs {
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.answer(Operation::Lookup, parent, |server| {
-            match server.lookup(parent.0, name.as_bytes()) {
-                Ok(Lookup::Found {
-                    attributes,
-                    entry_ttl,
-                    attr_ttl,
-                }) => {
-                    let attr = file_attr(&attributes);
-                    reply.entry_with_ttls(&attr_ttl, &entry_ttl, &attr, GENERATION);
-                }
-                Ok(Lookup::Absent(ttl)) if ttl.is_zero() => reply.error(Errno::ENOENT),
-                Ok(Lookup::Absent(ttl)) => reply.entry(&ttl, &absent(), GENERATION),
-                Err(fault) => reply.error(errno(&fault)),
-            }
+            reply_entry(reply, server.lookup(parent.0, name.as_bytes()));
         });
     }
 
@@ -340,14 +350,30 @@ impl Filesystem for Fs {
     }
 
     // What follows would change the tree. The mount itself is writable, so that the daemon can
-    // announce changes through it; the tree is not.
+    // announce changes through it and pins can be made; the tree is not.
 
-    fn mkdir(&self, _: &Request, parent: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
-        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _: u32,
+        _: u32,
+        reply: ReplyEntry,
+    ) {
+        let owner = (request.uid(), request.gid());
+        self.answer(Operation::Other, parent, |server| {
+            reply_entry(reply, server.make_pin(parent.0, name.as_bytes(), owner));
+        });
     }
 
-    fn rmdir(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
+    fn rmdir(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.answer(Operation::Other, parent, |server| {
+            match server.remove_pin(parent.0, name.as_bytes()) {
+                Ok(()) => reply.ok(),
+                Err(fault) => reply.error(errno(&fault)),
+            }
+        });
     }
 
     fn unlink(&self, _: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {

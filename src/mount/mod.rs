@@ -12,10 +12,12 @@ mod export;
 mod flip;
 mod fs;
 mod inode;
+mod janitor;
 mod kept;
 mod listing;
 mod load;
 mod observer;
+mod pins;
 mod readers;
 mod server;
 mod state;
@@ -34,14 +36,17 @@ use fuser::{BackgroundSession, Config, MountOption, Notifier, Session, SessionAC
 use self::counters::Requests;
 use self::export::Renderer;
 use self::fs::Fs;
+use self::janitor::Janitor;
 use self::observer::Flipper;
+pub use self::pins::PinLimits;
 use self::server::{Server, ServerSettings};
 use self::state::Lifetimes;
 use crate::ldb::LdbError;
 use crate::ldb::reader::Reader;
+use crate::ldb::wal::WalHolds;
 use crate::model::Seq;
 use crate::reflector::CommitObserver;
-use crate::status::StatusBoard;
+use crate::status::{PinStatus, StatusBoard};
 use crate::tree::access::AccessRules;
 
 /// What to mount, and how.
@@ -61,6 +66,8 @@ pub struct Settings {
     pub newline: bool,
     /// How many bytes a table may have that is shown as one file.
     pub export_max_size: u64,
+    /// How long pins may live.
+    pub pin_limits: PinLimits,
     /// Whether users other than the one who mounts may enter.
     pub allow_other: bool,
     /// How many requests are served at once.
@@ -111,6 +118,10 @@ pub struct MountCounters {
     pub fallbacks: Vec<String>,
     /// Why a foreign LDB cannot be followed at the moment, if so.
     pub trouble: Option<String>,
+    /// The pins.
+    pub pins: Vec<PinStatus>,
+    /// Bytes of the LDB's log that they hold back.
+    pub pins_held_bytes: u64,
 }
 
 /// Why a tree could not be mounted.
@@ -145,6 +156,7 @@ pub struct Mounted {
     mountpoint: PathBuf,
     /// Dropped to end the thread that watches a foreign LDB.
     _watcher: Option<Sender<()>>,
+    _janitor: Janitor,
 }
 
 /// Mounts the tree. When this returns, it can be read.
@@ -179,6 +191,7 @@ pub fn mount(
             access: settings.access,
             newline: settings.newline,
             export_max_size: settings.export_max_size,
+            pin_limits: settings.pin_limits,
             started: SystemTime::now(),
         },
         status,
@@ -222,12 +235,15 @@ pub fn mount(
         Source::Owned => None,
         Source::Foreign { check_interval } => Some(watch(&server, check_interval / 2)?),
     };
+    let notifier = session.notifier();
+    let janitor = Janitor::start(&server, notifier.clone()).map_err(refused)?;
     Ok(Mounted {
-        notifier: session.notifier(),
+        notifier,
         session: Some(session),
         server,
         mountpoint: settings.mountpoint,
         _watcher: watcher,
+        _janitor: janitor,
     })
 }
 
@@ -312,6 +328,11 @@ impl Mounted {
             Arc::clone(&self.server),
             self.notifier.clone(),
         ))
+    }
+
+    /// Who holds the LDB's log back. Whoever writes the LDB does not wait for them.
+    pub fn wal_holds(&self) -> WalHolds {
+        self.server.pins.holds().clone()
     }
 
     /// Whether the tree is no longer mounted.

@@ -18,11 +18,13 @@ pub(super) use super::answer::{Attributes, Content, Fault, Found, Inode, Lookup}
 use super::dirs::OpenDirs;
 use super::flip::Touch;
 use super::kept::Keeper;
+use super::pins::{PinLimits, Pins};
 use super::readers::Readers;
 use super::state::{Entered, Lifetimes, State, Version, View};
 use super::{MountCounters, StatusSource};
 use crate::ldb::LdbError;
 use crate::ldb::reader::{At, Reader};
+use crate::ldb::wal::Wal;
 use crate::model::LedgerTime;
 use crate::status::StatusBoard;
 use crate::tree::access::AccessRules;
@@ -45,13 +47,15 @@ pub(super) struct ServerSettings {
     pub(super) access: AccessRules,
     pub(super) newline: bool,
     pub(super) export_max_size: u64,
+    pub(super) pin_limits: PinLimits,
     pub(super) started: SystemTime,
 }
 
 /// See the module.
 pub(super) struct Server {
     state: Mutex<State>,
-    pub(super) readers: Readers,
+    pub(super) readers: Arc<Readers>,
+    pub(super) pins: Pins,
     pub(super) keeper: Arc<Keeper>,
     pub(super) access: AccessRules,
     pub(super) newline: bool,
@@ -76,16 +80,18 @@ impl Server {
         status: StatusSource,
         board: Arc<StatusBoard>,
     ) -> Result<Self, LdbError> {
-        let readers = Readers::open(&settings.ldb)?;
+        let readers = Arc::new(Readers::open(&settings.ldb)?);
         let catalog = readers.read(Reader::catalog)?;
         let view = View {
             seq: catalog.seq,
             catalog: Arc::new(catalog.value),
             epoch: 0,
+            pin: None,
         };
         Ok(Server {
             state: Mutex::new(State::new(view, settings.lifetimes, ROW_CACHE)),
             readers,
+            pins: Pins::new(settings.pin_limits, Wal::of(&settings.ldb)),
             keeper: Keeper::new(KEPT_IN_MEMORY, settings.spill),
             access: settings.access,
             newline: settings.newline,
@@ -122,6 +128,10 @@ impl Server {
                 }
                 (slot.node.clone(), state.view())
             };
+            if directory == Node::Pins {
+                return Ok(self.lookup_pin(name));
+            }
+            let view = self.view_in(&directory, view)?;
             let node = match node::step(&view.catalog, &directory, name) {
                 Step::Nothing => None,
                 Step::Node(Node::ControlFile(file)) => return self.lookup_control(file),
@@ -132,7 +142,7 @@ impl Server {
                     ty,
                     start,
                 } => {
-                    let found = self.read(|reader| {
+                    let found = self.read_in(&view, |reader| {
                         reader.find_key(&table, &prefix, &start, |value| {
                             name::matches_hashed(ty, value, name)
                         })
@@ -146,7 +156,7 @@ impl Server {
                     }
                     found.value.map(|value| {
                         let key = prefix.iter().cloned().chain([value]).collect();
-                        Node::Dir(Arc::new(table.name.clone()), key)
+                        Node::Dir(Arc::new(table.name.clone()), key).pinned(directory.pin())
                     })
                 }
             };
@@ -268,6 +278,7 @@ impl Server {
     /// What the kernel holds and what is kept for it.
     pub(super) fn counters(&self) -> MountCounters {
         let (kept_bytes, spilled_bytes) = self.keeper.sizes();
+        let (pins, pins_held_bytes) = self.pins.status();
         let state = self.state();
         let view = state.view();
         MountCounters {
@@ -278,6 +289,8 @@ impl Server {
             families: view.catalog.families().count() as u64,
             tables: view.catalog.len() as u64,
             trouble: self.trouble().clone(),
+            pins,
+            pins_held_bytes,
             ..MountCounters::default()
         }
     }
