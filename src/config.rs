@@ -39,6 +39,10 @@ pub struct Daemon {
     pub stale_after: Duration,
     /// How many bytes a table may have that is shown as one file.
     pub export_max_size: u64,
+    /// How long a pin may live.
+    pub pin_max_age: Duration,
+    /// How many bytes of the LDB's log pins may hold back.
+    pub pin_max_space: u64,
     /// Whether the daemon stays with the command that started it.
     pub foreground: bool,
 }
@@ -69,6 +73,10 @@ pub const CHECK_INTERVAL: &str = "250ms";
 pub const STALE_AFTER: &str = "30s";
 /// Default of `--export-max-size`.
 pub const EXPORT_MAX_SIZE: &str = "64MiB";
+/// Default of `--pin-max-age`.
+pub const PIN_MAX_AGE: &str = "10m";
+/// Default of `--pin-max-space`.
+pub const PIN_MAX_SPACE: &str = "1GiB";
 /// Default of `--log-level`.
 pub const LOG_LEVEL: &str = "info";
 
@@ -279,7 +287,7 @@ mod tests {
         ] {
             assert!(duration(bad).is_err(), "{bad:?} was accepted");
         }
-        for default in [POLL_INTERVAL, CHECK_INTERVAL, STALE_AFTER] {
+        for default in [POLL_INTERVAL, CHECK_INTERVAL, STALE_AFTER, PIN_MAX_AGE] {
             assert!(duration(default).is_ok());
         }
     }
@@ -291,6 +299,7 @@ mod tests {
         assert_eq!(size("5kB").unwrap(), 5_000);
         assert_eq!(size("512B").unwrap(), 512);
         assert_eq!(size(EXPORT_MAX_SIZE).unwrap(), 64 << 20);
+        assert_eq!(size(PIN_MAX_SPACE).unwrap(), 1 << 30);
         for bad in [
             "",
             "64",

@@ -109,6 +109,25 @@ pub struct Counters<'a> {
     pub announced: Announced,
     /// What the kernel lacks, and what is done instead.
     pub fallbacks: &'a [String],
+    /// The pins, in the order in which they were made.
+    pub pins: &'a [PinStatus],
+    /// Bytes of the LDB's log that they hold back.
+    pub pins_held_bytes: u64,
+}
+
+/// A pin, as status.json shows it.
+#[derive(Debug, Clone)]
+pub struct PinStatus {
+    /// The name of its directory.
+    pub name: String,
+    /// The sequence that it shows.
+    pub seq: Seq,
+    /// How long ago it was made.
+    pub age: Duration,
+    /// Who made it.
+    pub uid: u32,
+    /// Whether a bound has ended it, and only its directory is left.
+    pub dropped: bool,
 }
 
 /// What was announced to inotify watchers.
@@ -343,6 +362,14 @@ pub fn render_json(
             "p99_ms": counters.announced.times.map(|(_, p99)| milliseconds(p99)),
         },
         "fallbacks": counters.fallbacks,
+        "pins": counters.pins.iter().map(|pin| json!({
+            "name": pin.name,
+            "seq": pin.seq.get(),
+            "age_seconds": pin.age.as_secs(),
+            "uid": pin.uid,
+            "dropped": pin.dropped,
+        })).collect::<Vec<_>>(),
+        "pins_held_bytes": counters.pins_held_bytes,
     });
     if let Some(requests) = status.get_mut("requests").and_then(Json::as_object_mut) {
         for (operation, count) in counters.requests {
@@ -470,6 +497,8 @@ mod tests {
                 times: Some((Duration::from_micros(250), Duration::from_micros(1500))),
             },
             fallbacks: &[],
+            pins: &[],
+            pins_held_bytes: 0,
         };
         let info = StaticInfo {
             pid: 42,

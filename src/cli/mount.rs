@@ -102,6 +102,14 @@ pub(super) struct Common {
     #[arg(long, value_name = "SIZE", default_value = config::EXPORT_MAX_SIZE)]
     #[arg(value_parser = config::size)]
     pub(super) export_max_size: u64,
+    /// How long a pin in .ctlfs/at lives at the most; after that its files fail with ESTALE.
+    #[arg(long, value_name = "DURATION", default_value = config::PIN_MAX_AGE)]
+    #[arg(value_parser = config::duration)]
+    pub(super) pin_max_age: Duration,
+    /// How many bytes of changes pins may keep from being tidied away; beyond that all are dropped.
+    #[arg(long, value_name = "SIZE", default_value = config::PIN_MAX_SPACE)]
+    #[arg(value_parser = config::size)]
+    pub(super) pin_max_space: u64,
     /// What to log: error, warn, info, debug, trace, or a filter such as info,ctlfs::mount=debug.
     #[arg(long, value_name = "LEVEL", env = "CTLFS_LOG", default_value = config::LOG_LEVEL)]
     #[arg(value_parser = log_level)]
@@ -242,6 +250,8 @@ impl Common {
             log_level: self.log_level,
             stale_after: self.stale_after,
             export_max_size: self.export_max_size,
+            pin_max_age: self.pin_max_age,
+            pin_max_space: self.pin_max_space,
             foreground,
         })
     }

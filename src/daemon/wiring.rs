@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crate::ldb::{self, LdbError, LdbWriter};
-use crate::mount::{self, MountCounters, MountError, Source};
+use crate::mount::{self, MountCounters, MountError, PinLimits, Source};
 use crate::reflector::{Reflector, Settings, StopHandle};
 
 use super::{Error, users};
@@ -129,6 +129,10 @@ pub(super) fn mount(
         access: config.access.clone(),
         newline: config.options.newline,
         export_max_size: config.export_max_size,
+        pin_limits: PinLimits {
+            max_age: config.pin_max_age,
+            max_space: config.pin_max_space,
+        },
         allow_other,
         threads: config.threads,
         plain_open: config.options.plain_open,
@@ -147,6 +151,8 @@ pub(super) fn mount(
             spilled_bytes: counters.spilled_bytes,
             announced: counters.announced,
             fallbacks: &counters.fallbacks,
+            pins: &counters.pins,
+            pins_held_bytes: counters.pins_held_bytes,
         };
         status(&shown, counters.trouble.as_deref())
     });
@@ -167,7 +173,7 @@ pub(super) struct Running {
 /// Starts the reflector on a thread of its own; `ended` is called when it ends, however it does.
 pub(super) fn reflect(
     origin: Box<dyn Origin>,
-    ldb: Ldb,
+    mut ldb: Ldb,
     mounted: &Mounted,
     board: &Arc<StatusBoard>,
     poll_interval: Duration,
@@ -178,6 +184,7 @@ pub(super) fn reflect(
         ..Settings::default()
     };
     let observer = mounted.observer();
+    ldb.writer.respect(mounted.wal_holds());
     let mut reflector = Reflector::new(origin, ldb.writer, observer, Arc::clone(board), settings);
     let stop = StopHandle::new();
     let handle = stop.clone();

@@ -436,8 +436,12 @@ impl LdbWriter {
     }
 
     /// SQLite writes the WAL back by itself after a commit, as far as readers allow. Readers that
-    /// never pause would let it grow, so beyond a bound we wait for them for a moment.
+    /// never pause would let it grow, so beyond a bound we wait for them for a moment: but not for
+    /// those who hold it back on purpose, who are bounded by other means and stay.
     fn bound_wal(&self) {
+        if self.wal_holds.any() {
+            return;
+        }
         let wal = sidecar(&self.path, "-wal");
         if std::fs::metadata(wal).is_ok_and(|m| m.len() > MAX_WAL) {
             let _ = self.conn.busy_timeout(Duration::from_millis(200));

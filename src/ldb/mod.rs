@@ -24,6 +24,7 @@ pub mod reader;
 mod reshape;
 #[cfg(test)]
 mod tests;
+pub mod wal;
 mod writer;
 
 use std::ffi::OsString;

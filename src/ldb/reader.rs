@@ -60,6 +60,8 @@ struct TableSql {
 pub struct Reader {
     pub(super) connection: Connection,
     sql: HashMap<TableRef, TableSql>,
+    /// Whether a read transaction is kept open.
+    held: bool,
 }
 
 impl Reader {
@@ -81,6 +83,7 @@ impl Reader {
         Ok(Reader {
             connection,
             sql: HashMap::new(),
+            held: false,
         })
     }
 
@@ -398,13 +401,43 @@ impl Reader {
         })
     }
 
+    /// Stays at the LDB as it is now, whatever is committed, until [`Reader::release`]. Returns the
+    /// position.
+    pub fn hold(&mut self) -> rusqlite::Result<Seq> {
+        self.release()?;
+        self.connection.execute_batch("BEGIN")?;
+        self.held = true;
+        // The first read is what takes the snapshot.
+        self.position()
+    }
+
+    /// Follows the LDB again.
+    pub fn release(&mut self) -> rusqlite::Result<()> {
+        if self.held {
+            self.connection.execute_batch("COMMIT")?;
+            self.held = false;
+        }
+        Ok(())
+    }
+
+    /// Whether somebody can stay at a state of this LDB without keeping its writer from going on.
+    pub fn can_hold(&mut self) -> rusqlite::Result<bool> {
+        let mode = "PRAGMA journal_mode";
+        let mode: String = self.connection.query_row(mode, [], |row| row.get(0))?;
+        Ok(mode.eq_ignore_ascii_case("wal"))
+    }
+
     /// Runs `read` in one read transaction, tells it the position that it sees, and adds that to
     /// the answer.
     pub(super) fn snapshot<T>(
         &mut self,
         read: impl FnOnce(&Self, Seq) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<At<T>> {
-        let transaction = self.connection.unchecked_transaction()?;
+        let transaction = if self.held {
+            None
+        } else {
+            Some(self.connection.unchecked_transaction()?)
+        };
         let seq = self
             .connection
             .prepare_cached("SELECT seq FROM _ldb_seq WHERE id = 1")?

@@ -17,6 +17,7 @@ use sha2::{Digest as _, Sha256};
 use super::authorizer::Guard;
 use super::batch::Batch;
 use super::capture::Capture;
+use super::wal::WalHolds;
 use super::{Contents, FORMAT, LdbError, catalog, check_header, identify, rows_table};
 use crate::model::{Catalog, LedgerTime, Seq};
 
@@ -57,6 +58,7 @@ pub struct LdbWriter {
     pub(super) position: Position,
     pub(super) statement_limit: Duration,
     /// Whether a batch was begun that is neither committed nor taken back.
+    pub(super) wal_holds: WalHolds,
     pub(super) in_batch: bool,
     ready: bool,
 }
@@ -87,6 +89,7 @@ impl LdbWriter {
             catalog: Arc::new(catalog),
             position,
             statement_limit: Duration::from_secs(60),
+            wal_holds: WalHolds::default(),
             in_batch: false,
             ready,
         })
@@ -124,6 +127,11 @@ impl LdbWriter {
     /// Stops a ledger statement that is running when `stop` becomes true.
     pub fn stop_on(&mut self, stop: Arc<AtomicBool>) {
         self.guard.stop_on(stop);
+    }
+
+    /// Does not wait for those who hold the write-ahead log back.
+    pub fn respect(&mut self, holds: WalHolds) {
+        self.wal_holds = holds;
     }
 
     /// How long one ledger statement may run; a minute unless set.

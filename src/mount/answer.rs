@@ -31,6 +31,24 @@ pub(super) enum Fault {
     /// Kept bytes could not be read back.
     #[error("cannot read a superseded version: {0}")]
     Kept(#[from] std::io::Error),
+    /// A change of the tree.
+    #[error("the tree is read-only")]
+    ReadOnly,
+    /// A pin of that name is there.
+    #[error("there is a pin of that name")]
+    Exists,
+    /// A name that pins cannot have.
+    #[error("names of pins do not begin with a dot")]
+    BadName,
+    /// A name that is too long.
+    #[error("the name is too long")]
+    NameTooLong,
+    /// As many pins as there may be.
+    #[error("there are too many pins")]
+    TooManyPins,
+    /// An LDB whose writer would have to wait for a pin.
+    #[error("the LDB is not in WAL mode, so a pin would keep its writer from writing")]
+    CannotPin,
     /// A table that is larger than what is shown as one file.
     #[error("larger than --export-max-size")]
     TooLarge,

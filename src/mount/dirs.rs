@@ -91,7 +91,7 @@ impl OpenDir {
 
     /// The part of the key above this directory, if it lists keys.
     pub(super) fn prefix(&self) -> SharedKey {
-        match &self.node {
+        match self.node.place() {
             Node::Dir(_, key) => SharedKey::clone(key),
             _ => SharedKey::from([]),
         }

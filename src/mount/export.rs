@@ -2,9 +2,11 @@
 //! away from the workers that answer everything else.
 //!
 //! A lookup of such a file says how large it may get at the most and lets the kernel keep that for
-//! no time at all. So the first `stat`, and a read that would go past it, ask again and learn the
-//! size; a `sendfile` or a page fault, for which the kernel never asks, read up to the end that a
-//! short answer shows. From then on the content is fixed for this inode, as that of any version.
+//! no time at all. So the kernel asks for the attributes when the file is opened, for with
+//! `default_permissions` it checks the mode, and learns the size. Should it ever read without
+//! having asked, as it does for `sendfile` and page faults, a short answer shows it the end; a size
+//! of zero would have been the end. Once made, the content is fixed for this inode, as that of any
+//! version.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;

@@ -95,6 +95,12 @@ fn errno(fault: &Fault) -> Errno {
         Fault::NoAttribute => Errno::NO_XATTR,
         Fault::NotADirectory => Errno::ENOTDIR,
         Fault::TooLarge => Errno::EFBIG,
+        Fault::ReadOnly => Errno::EROFS,
+        Fault::Exists => Errno::EEXIST,
+        Fault::BadName => Errno::EINVAL,
+        Fault::NameTooLong => Errno::ENAMETOOLONG,
+        Fault::TooManyPins => Errno::ENOSPC,
+        Fault::CannotPin => Errno::EOPNOTSUPP,
         // Logged where it was found; a reader that tries again must not fill the log.
         Fault::Unrendered => Errno::EIO,
         Fault::Ldb(LdbError::Corrupt { .. } | LdbError::NotAnLdb { .. }) => Errno::EIO,
@@ -144,8 +150,8 @@ fn absent() -> FileAttr {
     })
 }
 
-fn reply_entry(reply: ReplyEntry, found: Result<Lookup, Fault>) {
-    match found {
+fn reply_entry(reply: ReplyEntry, entry: Result<Lookup, Fault>) {
+    match entry {
         Ok(Lookup::Found {
             attributes,
             entry_ttl,
@@ -353,7 +359,7 @@ impl Filesystem for Fs {
 
     // What follows would change the tree. The mount itself is writable, so that the daemon can
     // announce changes through it: there is nothing to be done then, for the tree has changed
-    // already. Everybody else is refused.
+    // already. Everybody else can make pins, and is refused the rest.
 
     fn mkdir(
         &self,
@@ -364,21 +370,28 @@ impl Filesystem for Fs {
         _: u32,
         reply: ReplyEntry,
     ) {
+        let owner = (request.uid(), request.gid());
         self.answer(Operation::Other, parent, |server| {
-            if server.is_announcer(request.pid()) {
-                reply_entry(reply, server.make_announced(parent.0, name.as_bytes()));
-            } else {
-                reply.error(Errno::EROFS);
-            }
+            let name = name.as_bytes();
+            reply_entry(
+                reply,
+                if server.is_announcer(request.pid()) {
+                    server.make_announced(parent.0, name)
+                } else {
+                    server.make_pin(parent.0, name, owner)
+                },
+            );
         });
     }
 
-    fn rmdir(&self, request: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         self.answer(Operation::Other, parent, |server| {
             if server.is_announcer(request.pid()) {
-                reply.ok();
-            } else {
-                reply.error(Errno::EROFS);
+                return reply.ok();
+            }
+            match server.remove_pin(parent.0, name.as_bytes()) {
+                Ok(()) => reply.ok(),
+                Err(fault) => reply.error(errno(&fault)),
             }
         });
     }

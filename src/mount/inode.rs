@@ -143,6 +143,11 @@ impl Server {
                     attr_ttl,
                 });
             }
+            // The directory of a pin is there also when the pin was dropped.
+            let view = match node.place() {
+                Node::Root => view,
+                _ => self.view_in(&node, view)?,
+            };
             let loaded = self.load(&view, &node);
             let Some(loaded) = self.checked(&view, loaded)? else {
                 continue;
@@ -160,7 +165,7 @@ impl Server {
                 continue;
             }
             let attr_ttl = match state.touch(&node) {
-                Touch::None => state.lifetime(),
+                Touch::None => state.lifetime_of(&node),
                 Touch::Attributes | Touch::Entry => Duration::ZERO,
             };
             let fingerprint = slot.fingerprint;

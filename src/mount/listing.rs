@@ -24,6 +24,7 @@ impl Server {
         if !node.is_dir() {
             return Err(Fault::NotADirectory);
         }
+        self.view_of(&node)?;
         let handle = self.next_directory.fetch_add(1, Ordering::Relaxed);
         self.directories()
             .insert(handle, Arc::new(Mutex::new(OpenDir::new(node, ino))));
@@ -74,7 +75,7 @@ impl Server {
             return Ok(());
         }
         let prefix = directory.prefix();
-        let Some(name) = directory.node.table().cloned() else {
+        let Some(name) = directory.node.place().table().cloned() else {
             return Ok(());
         };
         let first = directory.fixed.len() as u64;
@@ -83,14 +84,16 @@ impl Server {
             None => (first, None),
         };
         loop {
-            let view = self.state().view();
+            let view = self.view_of(&directory.node)?;
             let Some(table) = view.catalog.get(&name) else {
                 return Ok(());
             };
             let Some(ty) = table.schema.key_fields().nth(prefix.len()).map(|f| f.ty) else {
                 return Ok(());
             };
-            let page = self.read(|reader| reader.keys(table, &prefix, after.as_ref(), LIST_PAGE));
+            let page = self.read_in(&view, |reader| {
+                reader.keys(table, &prefix, after.as_ref(), LIST_PAGE)
+            });
             let Some(page) = self.checked(&view, page)? else {
                 continue;
             };
@@ -129,10 +132,12 @@ impl Server {
         if self.is_gone(directory) {
             return Ok(entries);
         }
-        match &directory.node {
+        let view = self.view_of(&directory.node)?;
+        match directory.node.place() {
             Node::Root => {
-                let view = self.state().view();
-                entries.push(fixed(node::CONTROL_DIR, true));
+                if directory.node.pin().is_none() {
+                    entries.push(fixed(node::CONTROL_DIR, true));
+                }
                 entries.extend(view.catalog.families().map(|f| fixed(f.as_str(), true)));
             }
             Node::Control => {
@@ -141,13 +146,19 @@ impl Server {
                 let files = files.filter(|f| *f != ControlFile::Ready || ready);
                 entries.extend(files.map(|f| fixed(f.name(), false)));
                 entries.extend(Collection::ALL.into_iter().map(|c| fixed(c.name(), true)));
+                entries.push(fixed(node::PINS_DIR, true));
+            }
+            Node::Pins => {
+                entries.extend(self.pins.names().into_iter().map(|name| FixedEntry {
+                    name,
+                    ino: None,
+                    is_dir: true,
+                }));
             }
             Node::Collection(_) => {
-                let view = self.state().view();
                 entries.extend(view.catalog.families().map(|f| fixed(f.as_str(), true)));
             }
             Node::CollectionFamily(collection, family) => {
-                let view = self.state().view();
                 for table in view.catalog.tables_of(family) {
                     let files = ExportFile::ALL.into_iter();
                     let here = files.filter(|file| {
@@ -157,7 +168,6 @@ impl Server {
                 }
             }
             Node::Family(family) => {
-                let view = self.state().view();
                 let tables = view.catalog.tables_of(family);
                 entries.extend(tables.map(|t| fixed(t.name.table.as_str(), true)));
             }
@@ -176,7 +186,11 @@ impl Server {
                     entries.push(fixed(node::ROW_JSON, false));
                 }
             }
-            Node::ControlFile(_) | Node::Export(..) | Node::TableFile(..) | Node::RowFile(..) => {
+            Node::ControlFile(_)
+            | Node::Export(..)
+            | Node::Pinned(..)
+            | Node::TableFile(..)
+            | Node::RowFile(..) => {
                 return Err(Fault::NotADirectory);
             }
         }

@@ -3,8 +3,9 @@
 
 use std::borrow::Cow;
 use std::hash::BuildHasher;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 
+use super::pins::Pin;
 use super::server::{Attributes, Content, Fault, Found, Server};
 use super::state::View;
 use crate::ldb::LdbError;
@@ -50,8 +51,14 @@ impl Server {
             mark,
             content: Content::None,
         };
+        if let (Some(pin), Node::Root) = (node.pin(), node.place()) {
+            return here(self.pins.directory(pin).map(|(_, _, mark)| plain(mark)));
+        }
+        let node = node.place();
         let (table, key) = match node {
-            Node::Control => {
+            // It stands for itself no longer.
+            Node::Pinned(..) => return here(None),
+            Node::Control | Node::Pins => {
                 return here(Some(plain(Mark {
                     seq: view.seq,
                     time: self.started,
@@ -64,7 +71,7 @@ impl Server {
                 return here(None);
             }
             Node::Root | Node::Family(_) | Node::Collection(_) | Node::CollectionFamily(..) => {
-                let time = self.read(Reader::schema_time)?;
+                let time = self.read_in(view, Reader::schema_time)?;
                 let mark = Mark {
                     seq: time.seq,
                     time: time.value,
@@ -76,7 +83,7 @@ impl Server {
             }
             Node::Export(name, file) => match view.catalog.get(name) {
                 Some(table) if file.suits(&table.schema) => {
-                    let mark = self.read(|reader| reader.table_mark(table))?;
+                    let mark = self.read_in(view, |reader| reader.table_mark(table))?;
                     return Ok(At {
                         seq: mark.seq,
                         value: Some(Found {
@@ -93,19 +100,19 @@ impl Server {
                 let Some(table) = view.catalog.get(name) else {
                     return here(None);
                 };
-                return self.load_table(table, node);
+                return self.load_table(view, table, node);
             }
             Node::Dir(name, key) => match view.catalog.get(name) {
                 None => return here(None),
                 Some(table) if key.len() < table.schema.key().len() => {
-                    let exists = self.read(|reader| reader.has_prefix(table, key))?;
+                    let exists = self.read_in(view, |reader| reader.has_prefix(table, key))?;
                     if !exists.value {
                         return Ok(At {
                             seq: exists.seq,
                             value: None,
                         });
                     }
-                    let time = self.read(Reader::schema_time)?;
+                    let time = self.read_in(view, Reader::schema_time)?;
                     let mark = Mark {
                         seq: time.seq,
                         time: time.value,
@@ -153,10 +160,11 @@ impl Server {
 
     pub(super) fn load_table(
         &self,
+        view: &View,
         table: &Arc<Table>,
         node: &Node,
     ) -> Result<At<Option<Found>>, Fault> {
-        let mark = self.read(|reader| reader.table_mark(table))?;
+        let mark = self.read_in(view, |reader| reader.table_mark(table))?;
         let bytes = match node {
             Node::TableFile(_, TableFile::Schema) => Some(render::schema_json(table)),
             Node::TableFile(_, TableFile::Seq) => {
@@ -189,6 +197,9 @@ impl Server {
                 value: None,
             });
         };
+        if let Some(pin) = &view.pin {
+            return self.pinned_row(pin, table, name, key);
+        }
         {
             let mut state = self.state();
             let now = state.view();
@@ -201,7 +212,7 @@ impl Server {
                 });
             }
         }
-        let read = self.read(|reader| reader.row(table, key))?;
+        let read = self.read_in(view, |reader| reader.row(table, key))?;
         let row = read.value.map(|row| Arc::new(CachedRow::new(row)));
         if let Some(row) = &row {
             let mut state = self.state();
@@ -215,9 +226,34 @@ impl Server {
         })
     }
 
+    fn pinned_row(
+        &self,
+        pin: &Pin,
+        table: &Arc<Table>,
+        name: &Arc<TableRef>,
+        key: &SharedKey,
+    ) -> Result<At<Option<Arc<CachedRow>>>, Fault> {
+        let rows = || {
+            let rows = pin.snapshot().rows.lock();
+            rows.unwrap_or_else(PoisonError::into_inner)
+        };
+        let seq = pin.seq();
+        if let Some(row) = rows().get(name, key) {
+            let value = Some(row);
+            return Ok(At { seq, value });
+        }
+        let read = pin.read(|reader| reader.row(table, key));
+        let read = read.map_err(|error| self.damaged(error))?;
+        let value = read.value.map(|row| Arc::new(CachedRow::new(row)));
+        if let Some(row) = &value {
+            rows().insert(name, key, Arc::clone(row));
+        }
+        Ok(At { seq, value })
+    }
+
     /// The bytes of a file, from what was loaded of it.
     pub(super) fn bytes<'a>(&self, node: &Node, found: &'a Found) -> Option<Cow<'a, [u8]>> {
-        match (&found.content, node) {
+        match (&found.content, node.place()) {
             (Content::Bytes(bytes), _) => Some(Cow::Borrowed(bytes)),
             (Content::Row(table, row), Node::RowFile(_, _, RowFile::Json)) => {
                 Some(Cow::Borrowed(row.json(table)))
@@ -238,7 +274,7 @@ impl Server {
                 content: Content::Lazy(epoch),
                 ..
             }) if self.fingerprints => *epoch,
-            Some(found) if !node.is_dir() && self.fingerprints => self
+            Some(found) if !node.is_dir() && node.pin().is_none() && self.fingerprints => self
                 .bytes(node, found)
                 .map_or(0, |bytes| self.hasher.hash_one(bytes)),
             _ => 0,
@@ -259,10 +295,11 @@ impl Server {
             is_dir,
             size: found.size,
             time: found.mark.time,
-            mode: if is_dir {
-                access.dir_mode()
-            } else {
-                access.file_mode()
+            mode: match node {
+                // Whoever may list it may pin, and drop pins of his own.
+                Node::Pins => access.dir_mode() | (access.file_mode() & 0o444) >> 1 | 0o1000,
+                _ if is_dir => access.dir_mode(),
+                _ => access.file_mode(),
             },
             uid: access.uid,
             gid: access.gid,
@@ -271,9 +308,19 @@ impl Server {
     }
 
     pub(super) fn access_of(&self, node: &Node) -> Access {
-        match node {
+        if let (Some(pin), Node::Root) = (node.pin(), node.place()) {
+            let access = self.access.default_access();
+            return match self.pins.directory(pin) {
+                Some((uid, gid, _)) => Access { uid, gid, ..access },
+                None => access,
+            };
+        }
+        match node.place() {
+            Node::Pinned(..) => self.access.default_access(),
             Node::Root => self.access.default_access(),
-            Node::Control | Node::ControlFile(_) | Node::Collection(_) => self.access.of_control(),
+            Node::Control | Node::ControlFile(_) | Node::Collection(_) | Node::Pins => {
+                self.access.of_control()
+            }
             Node::Family(family) | Node::CollectionFamily(_, family) => {
                 self.access.of_family(family)
             }
@@ -294,6 +341,13 @@ impl Server {
         match answer {
             Ok(answer) => Ok(Some(answer)),
             Err(error) => {
+                if let Some(pin) = &view.pin {
+                    return Err(if pin.is_dropped() {
+                        Fault::Stale
+                    } else {
+                        error.into()
+                    });
+                }
                 // Perhaps it was prepared for tables that are no longer there.
                 if self.fingerprints {
                     self.follow(true)?;
@@ -309,12 +363,29 @@ impl Server {
         }
     }
 
+    /// Reads the LDB as it is now.
     pub(super) fn read<T>(
         &self,
         read: impl FnOnce(&mut Reader) -> rusqlite::Result<T>,
     ) -> Result<T, LdbError> {
-        let answer = self.readers.read(read);
-        if let Err(LdbError::Corrupt { reason, .. } | LdbError::NotAnLdb { reason, .. }) = &answer {
+        self.readers.read(read).map_err(|error| self.damaged(error))
+    }
+
+    /// Reads the LDB as `view` has it: as it is now, or as a pin keeps it.
+    pub(super) fn read_in<T>(
+        &self,
+        view: &View,
+        read: impl FnOnce(&mut Reader) -> rusqlite::Result<T>,
+    ) -> Result<T, LdbError> {
+        match &view.pin {
+            None => self.read(read),
+            Some(pin) => pin.read(read).map_err(|error| self.damaged(error)),
+        }
+    }
+
+    /// Reports damage that a read has come upon.
+    pub(super) fn damaged(&self, error: LdbError) -> LdbError {
+        if let LdbError::Corrupt { reason, .. } | LdbError::NotAnLdb { reason, .. } = &error {
             let mut known = false;
             self.board
                 .update(|p| known = p.damage.replace(reason.clone()).is_some());
@@ -323,6 +394,6 @@ impl Server {
                 tracing::error!(%reason, "the LDB is damaged: some reads fail");
             }
         }
-        answer
+        error
     }
 }

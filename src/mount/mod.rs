@@ -15,10 +15,12 @@ mod export;
 mod flip;
 mod fs;
 mod inode;
+mod janitor;
 mod kept;
 mod listing;
 mod load;
 mod observer;
+mod pins;
 mod readers;
 mod server;
 mod state;
@@ -39,14 +41,17 @@ use self::announcer::Announcer;
 use self::counters::Requests;
 use self::export::Renderer;
 use self::fs::Fs;
+use self::janitor::Janitor;
 use self::observer::{Flipper, SharedAnnouncer};
+pub use self::pins::PinLimits;
 use self::server::{Server, ServerSettings};
 use self::state::Lifetimes;
 use crate::ldb::LdbError;
 use crate::ldb::reader::Reader;
+use crate::ldb::wal::WalHolds;
 use crate::model::Seq;
 use crate::reflector::CommitObserver;
-use crate::status::{Announced, StatusBoard};
+use crate::status::{Announced, PinStatus, StatusBoard};
 use crate::tree::access::AccessRules;
 use crate::tree::node;
 
@@ -67,6 +72,8 @@ pub struct Settings {
     pub newline: bool,
     /// How many bytes a table may have that is shown as one file.
     pub export_max_size: u64,
+    /// How long pins may live.
+    pub pin_limits: PinLimits,
     /// Whether users other than the one who mounts may enter.
     pub allow_other: bool,
     /// How many requests are served at once.
@@ -121,6 +128,10 @@ pub struct MountCounters {
     pub fallbacks: Vec<String>,
     /// Why a foreign LDB cannot be followed at the moment, if so.
     pub trouble: Option<String>,
+    /// The pins.
+    pub pins: Vec<PinStatus>,
+    /// Bytes of the LDB's log that they hold back.
+    pub pins_held_bytes: u64,
 }
 
 /// Why a tree could not be mounted.
@@ -176,6 +187,7 @@ pub struct Mounted {
     mountpoint: PathBuf,
     /// Dropped to end the thread that watches a foreign LDB.
     _watcher: Option<Sender<()>>,
+    _janitor: Janitor,
 }
 
 /// Mounts the tree. When this returns, it can be read.
@@ -210,6 +222,7 @@ pub fn mount(
             access: settings.access,
             newline: settings.newline,
             export_max_size: settings.export_max_size,
+            pin_limits: settings.pin_limits,
             started: SystemTime::now(),
         },
         status,
@@ -262,13 +275,16 @@ pub fn mount(
         Source::Owned => None,
         Source::Foreign { check_interval } => Some(watch(&server, check_interval / 2)?),
     };
+    let notifier = session.notifier();
+    let janitor = Janitor::start(&server, notifier.clone()).map_err(refused)?;
     Ok(Mounted {
         announcements,
-        notifier: session.notifier(),
+        notifier,
         session: Some(session),
         server,
         mountpoint: settings.mountpoint,
         _watcher: watcher,
+        _janitor: janitor,
     })
 }
 
@@ -381,6 +397,11 @@ impl Mounted {
     /// For ending the announcements once the tree is unmounted.
     pub fn announcements(&self) -> Announcements {
         self.announcements.clone()
+    }
+
+    /// Who holds the LDB's log back. Whoever writes the LDB does not wait for them.
+    pub fn wal_holds(&self) -> WalHolds {
+        self.server.pins.holds().clone()
     }
 
     /// Whether the tree is no longer mounted.

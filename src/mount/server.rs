@@ -19,11 +19,13 @@ use super::counters::Announcements;
 use super::dirs::OpenDirs;
 use super::flip::Touch;
 use super::kept::Keeper;
+use super::pins::{PinLimits, Pins};
 use super::readers::Readers;
 use super::state::{Entered, Lifetimes, State, Version, View};
 use super::{MountCounters, StatusSource};
 use crate::ldb::LdbError;
 use crate::ldb::reader::{At, Reader};
+use crate::ldb::wal::Wal;
 use crate::model::LedgerTime;
 use crate::status::StatusBoard;
 use crate::tree::access::AccessRules;
@@ -46,13 +48,15 @@ pub(super) struct ServerSettings {
     pub(super) access: AccessRules,
     pub(super) newline: bool,
     pub(super) export_max_size: u64,
+    pub(super) pin_limits: PinLimits,
     pub(super) started: SystemTime,
 }
 
 /// See the module.
 pub(super) struct Server {
     state: Mutex<State>,
-    pub(super) readers: Readers,
+    pub(super) readers: Arc<Readers>,
+    pub(super) pins: Pins,
     pub(super) keeper: Arc<Keeper>,
     pub(super) access: AccessRules,
     pub(super) newline: bool,
@@ -80,16 +84,18 @@ impl Server {
         status: StatusSource,
         board: Arc<StatusBoard>,
     ) -> Result<Self, LdbError> {
-        let readers = Readers::open(&settings.ldb)?;
+        let readers = Arc::new(Readers::open(&settings.ldb)?);
         let catalog = readers.read(Reader::catalog)?;
         let view = View {
             seq: catalog.seq,
             catalog: Arc::new(catalog.value),
             epoch: 0,
+            pin: None,
         };
         Ok(Server {
             state: Mutex::new(State::new(view, settings.lifetimes, ROW_CACHE)),
             readers,
+            pins: Pins::new(settings.pin_limits, Wal::of(&settings.ldb)),
             keeper: Keeper::new(KEPT_IN_MEMORY, settings.spill),
             access: settings.access,
             newline: settings.newline,
@@ -142,6 +148,10 @@ impl Server {
                 }
                 (slot.node.clone(), state.view())
             };
+            if directory == Node::Pins {
+                return Ok(self.lookup_pin(name));
+            }
+            let view = self.view_in(&directory, view)?;
             let step = match &known {
                 Some(node) => Step::Node(node.clone()),
                 None => node::step(&view.catalog, &directory, name),
@@ -156,7 +166,7 @@ impl Server {
                     ty,
                     start,
                 } => {
-                    let found = self.read(|reader| {
+                    let found = self.read_in(&view, |reader| {
                         reader.find_key(&table, &prefix, &start, |value| {
                             name::matches_hashed(ty, value, name)
                         })
@@ -170,7 +180,7 @@ impl Server {
                     }
                     found.value.map(|value| {
                         let key = prefix.iter().cloned().chain([value]).collect();
-                        Node::Dir(Arc::new(table.name.clone()), key)
+                        Node::Dir(Arc::new(table.name.clone()), key).pinned(directory.pin())
                     })
                 }
             };
@@ -295,6 +305,7 @@ impl Server {
     /// What the kernel holds and what is kept for it.
     pub(super) fn counters(&self) -> MountCounters {
         let (kept_bytes, spilled_bytes) = self.keeper.sizes();
+        let (pins, pins_held_bytes) = self.pins.status();
         let state = self.state();
         let view = state.view();
         MountCounters {
@@ -306,6 +317,8 @@ impl Server {
             families: view.catalog.families().count() as u64,
             tables: view.catalog.len() as u64,
             trouble: self.trouble().clone(),
+            pins,
+            pins_held_bytes,
             ..MountCounters::default()
         }
     }

@@ -15,6 +15,7 @@ use super::control::Handed;
 use super::flip::{Touch, Transition};
 use super::kept::Kept;
 use super::load::CachedRow;
+use super::pins::Pin;
 use crate::ldb::reader::Mark;
 use crate::model::{Catalog, Seq, TableRef};
 use crate::tree::node::{ControlFile, Node, SharedKey};
@@ -67,6 +68,8 @@ pub(super) struct View {
     pub(super) catalog: Arc<Catalog>,
     /// Goes up whenever a commit was found out afterwards.
     pub(super) epoch: u64,
+    /// The pin whose state this is; `None` for the present one.
+    pub(super) pin: Option<Arc<Pin>>,
 }
 
 /// How an entry went to the kernel.
@@ -162,13 +165,37 @@ impl State {
     /// Where no commit is announced there is nothing to hold an answer to but the tables' shape: it
     /// is right when it was read, and soon asked for again.
     pub(super) fn settle(&mut self, view: &View, seq: Seq) -> bool {
+        if let Some(pin) = &view.pin {
+            return !pin.is_dropped();
+        }
         if matches!(self.lifetimes, Lifetimes::For(_)) {
             return Arc::ptr_eq(&view.catalog, &self.view.catalog);
         }
+        self.seen(seq).seq == seq && view.seq == seq
+    }
+
+    /// Somebody has read what the LDB holds at `seq`. If that shows that the commit under way has
+    /// happened, its flip is completed.
+    pub(super) fn seen(&mut self, seq: Seq) -> View {
         if self.transition.as_ref().is_some_and(|t| t.to == seq) {
             self.finish();
         }
-        self.view.seq == seq && view.seq == seq
+        self.view()
+    }
+
+    /// The entries at the top of a pinned tree that the kernel may hold, and all others below them.
+    pub(super) fn entries_of(&self, pin: &Pin) -> Vec<(u64, Vec<u8>)> {
+        let Some(root) = self.ino(&Node::Root.pinned(Some(pin.id()))) else {
+            return Vec::new();
+        };
+        let families = pin.catalog().families();
+        families
+            .filter(|family| {
+                let node = Node::Family((*family).clone()).pinned(Some(pin.id()));
+                self.ino(&node).is_some()
+            })
+            .map(|family| (root, family.as_str().as_bytes().to_vec()))
+            .collect()
     }
 
     /// The inode, if the kernel may still hold it.
@@ -199,6 +226,7 @@ impl State {
     /// Hands `node` to the kernel once more: under its present inode, or a new one.
     pub(super) fn enter(&mut self, node: Node, fingerprint: u64) -> Entered {
         let touch = self.touch(&node);
+        let ttl = self.lifetime_of(&node);
         let known = self.ino(&node).filter(|ino| {
             // Where no warning comes, a changed content is what makes a new version.
             self.slots
@@ -220,7 +248,6 @@ impl State {
         if let Some(transition) = self.transition.as_mut().filter(|_| touch == Touch::Entry) {
             transition.late.push(ino);
         }
-        let ttl = self.lifetime();
         Entered {
             ino,
             entry_ttl: if touch == Touch::Entry {
@@ -285,6 +312,11 @@ impl State {
         name: &[u8],
         node: Option<&Node>,
     ) -> Duration {
+        // A pinned tree never changes, and what the kernel holds of it goes with it.
+        let pinned = |slot: &Slot| slot.node.pin().is_some();
+        if self.slots.get(&parent).is_some_and(pinned) {
+            return LONG;
+        }
         let touched = match node {
             Some(node) => self.touch(node) != Touch::None,
             None => self.touches_names_in(parent),
@@ -369,6 +401,14 @@ impl State {
         }
     }
 
+    /// The same for a place: a pinned one never changes.
+    pub(super) fn lifetime_of(&self, node: &Node) -> Duration {
+        match node.pin() {
+            Some(_) => LONG,
+            None => self.lifetime(),
+        }
+    }
+
     /// The rows read lately. They are those of the present view.
     pub(super) fn rows(&mut self) -> &mut RowCache {
         &mut self.rows
@@ -417,7 +457,7 @@ pub(super) struct RowCache {
 }
 
 impl RowCache {
-    fn new(limit: usize) -> Self {
+    pub(super) fn new(limit: usize) -> Self {
         RowCache {
             rows: LruCache::unbounded(),
             bytes: 0,

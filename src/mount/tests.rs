@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use super::observer::{Flipper, Kernel};
+use super::pins::PinLimits;
 use super::server::{Attributes, Fault, Lookup, Server, ServerSettings};
 use super::state::{LONG, Lifetimes, ROOT};
 use crate::ldb::LdbWriter;
@@ -98,6 +99,10 @@ fn serve(ldb: &Path) -> Server {
         access: AccessRules::open(0, 0),
         newline: false,
         export_max_size: 1 << 20,
+        pin_limits: PinLimits {
+            max_age: Duration::from_secs(600),
+            max_space: 1 << 30,
+        },
         started: SystemTime::now(),
     };
     Server::new(settings, Box::new(|_| Vec::new()), Arc::default()).unwrap()

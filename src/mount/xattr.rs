@@ -7,13 +7,8 @@ use crate::tree::node::{Node, RowFile};
 impl Server {
     /// The value of an extended attribute of an inode.
     pub(super) fn xattr(&self, ino: u64, attribute: &[u8]) -> Result<Vec<u8>, Fault> {
-        let (node, view) = {
-            let state = self.state();
-            (
-                state.slot(ino).ok_or(Fault::Stale)?.node.clone(),
-                state.view(),
-            )
-        };
+        let node = self.state().slot(ino).ok_or(Fault::Stale)?.node.clone();
+        let view = self.view_of(&node)?;
         match attribute {
             b"user.ctlfs.type" => {
                 let ty = self.type_of(&view, &node).ok_or(Fault::NoAttribute)?;
@@ -31,20 +26,20 @@ impl Server {
 
     /// The names of the extended attributes of an inode, each with a NUL behind it.
     pub(super) fn xattrs(&self, ino: u64) -> Result<Vec<u8>, Fault> {
-        let state = self.state();
-        let slot = state.slot(ino).ok_or(Fault::Stale)?;
+        let node = self.state().slot(ino).ok_or(Fault::Stale)?.node.clone();
+        let view = self.view_of(&node)?;
         let mut names = Vec::new();
-        if has_seq(&slot.node) {
+        if has_seq(&node) {
             names.extend_from_slice(b"user.ctlfs.seq\0");
         }
-        if self.type_of(&state.view(), &slot.node).is_some() {
+        if self.type_of(&view, &node).is_some() {
             names.extend_from_slice(b"user.ctlfs.type\0");
         }
         Ok(names)
     }
 
     fn type_of(&self, view: &View, node: &Node) -> Option<&'static str> {
-        match node {
+        match node.place() {
             Node::RowFile(_, _, RowFile::Json) => Some("json"),
             Node::RowFile(table, _, RowFile::Field(index)) => view
                 .catalog
@@ -61,7 +56,7 @@ impl Server {
 /// Whether a place has an entry that last changed it.
 fn has_seq(node: &Node) -> bool {
     matches!(
-        node,
+        node.place(),
         Node::Export(..) | Node::Table(_) | Node::TableFile(..) | Node::Dir(..) | Node::RowFile(..)
     )
 }

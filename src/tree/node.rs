@@ -9,6 +9,8 @@ use crate::model::{Catalog, FamilyName, FieldType, Table, TableRef, Value};
 
 /// The daemon's own directory at the root.
 pub const CONTROL_DIR: &str = ".ctlfs";
+/// The directory in it that holds the pins.
+pub const PINS_DIR: &str = "at";
 /// The file of a whole row.
 pub const ROW_JSON: &str = "row.json";
 /// The file of a table's schema.
@@ -35,6 +37,10 @@ pub enum Node {
     CollectionFamily(Collection, FamilyName),
     /// A table as a file.
     Export(Arc<TableRef>, ExportFile),
+    /// The directory of the pins.
+    Pins,
+    /// A place in a tree that was pinned; its root is the pin.
+    Pinned(PinId, Arc<Node>),
     /// A family.
     Family(FamilyName),
     /// A table.
@@ -46,6 +52,10 @@ pub enum Node {
     /// A file of a row.
     RowFile(Arc<TableRef>, SharedKey, RowFile),
 }
+
+/// A pin. Another one of the same name is another pin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PinId(pub u64);
 
 /// The files in `.ctlfs`, whose content changes without a ledger entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -118,12 +128,14 @@ impl Node {
             | Node::Control
             | Node::Collection(_)
             | Node::CollectionFamily(..)
+            | Node::Pins
             | Node::Family(_)
             | Node::Table(_)
             | Node::Dir(..) => true,
             Node::ControlFile(_) | Node::Export(..) | Node::TableFile(..) | Node::RowFile(..) => {
                 false
             }
+            Node::Pinned(_, place) => place.is_dir(),
         }
     }
 
@@ -133,7 +145,31 @@ impl Node {
         matches!(self, Node::Export(..))
     }
 
-    /// The table that this is, or is part of.
+    /// The place of the tree that this shows: itself, or, in a pinned tree, the one there.
+    pub fn place(&self) -> &Node {
+        match self {
+            Node::Pinned(_, place) => place,
+            place => place,
+        }
+    }
+
+    /// The pinned tree that this is in.
+    pub fn pin(&self) -> Option<PinId> {
+        match self {
+            Node::Pinned(pin, _) => Some(*pin),
+            _ => None,
+        }
+    }
+
+    /// This place in the pinned tree `pin`, if that is one.
+    pub fn pinned(self, pin: Option<PinId>) -> Node {
+        match pin {
+            Some(pin) => Node::Pinned(pin, Arc::new(self)),
+            None => self,
+        }
+    }
+
+    /// The table that this is, or is part of, and changes with: a pinned place changes with none.
     pub fn table(&self) -> Option<&Arc<TableRef>> {
         match self {
             Node::Root
@@ -141,6 +177,8 @@ impl Node {
             | Node::ControlFile(_)
             | Node::Collection(_)
             | Node::CollectionFamily(..)
+            | Node::Pins
+            | Node::Pinned(..)
             | Node::Family(_) => None,
             Node::Export(t, _)
             | Node::Table(t)
@@ -154,7 +192,11 @@ impl Node {
     pub fn parent(&self) -> Node {
         match self {
             Node::Root | Node::Control | Node::Family(_) => Node::Root,
-            Node::ControlFile(_) | Node::Collection(_) => Node::Control,
+            Node::ControlFile(_) | Node::Collection(_) | Node::Pins => Node::Control,
+            Node::Pinned(pin, place) => match &**place {
+                Node::Root => Node::Pins,
+                place => place.parent().pinned(Some(*pin)),
+            },
             Node::CollectionFamily(collection, _) => Node::Collection(*collection),
             Node::Export(t, file) => Node::CollectionFamily(file.collection(), t.family.clone()),
             Node::Table(t) => Node::Family(t.family.clone()),
@@ -167,11 +209,13 @@ impl Node {
         }
     }
 
-    /// The name under which the parent has it; `None` for the root, for what the catalog no longer
-    /// knows, and for keys that have no name.
+    /// The name under which the parent has it; `None` for the root and pins, for what the catalog no
+    /// longer knows, and for keys that have no name. The catalog is that of the place's own tree.
     pub fn name(&self, catalog: &Catalog) -> Option<Vec<u8>> {
         let name = match self {
             Node::Root => return None,
+            Node::Pinned(_, place) => return place.name(catalog),
+            Node::Pins => PINS_DIR,
             Node::Control => CONTROL_DIR,
             Node::ControlFile(file) => file.name(),
             Node::Collection(collection) => collection.name(),
@@ -221,6 +265,14 @@ pub enum Step {
 
 /// Where `name` leads from the directory `parent`.
 pub fn step(catalog: &Catalog, parent: &Node, name: &[u8]) -> Step {
+    if let Node::Pinned(pin, place) = parent {
+        return match step(catalog, place, name) {
+            // A pinned tree has no files of the daemon.
+            Step::Node(Node::Control) => Step::Nothing,
+            Step::Node(node) => Step::Node(node.pinned(Some(*pin))),
+            step => step,
+        };
+    }
     let Ok(text) = std::str::from_utf8(name) else {
         return match parent {
             Node::Table(t) => key_step(catalog, t, &[], name),
@@ -234,8 +286,9 @@ pub fn step(catalog: &Catalog, parent: &Node, name: &[u8]) -> Step {
         Node::Control => {
             let file = ControlFile::ALL.into_iter().find(|f| f.name() == text);
             let collection = Collection::ALL.into_iter().find(|c| c.name() == text);
+            let pins = (text == PINS_DIR).then_some(Node::Pins);
             let file = file.map(Node::ControlFile);
-            file.or_else(|| collection.map(Node::Collection))
+            file.or(collection.map(Node::Collection)).or(pins)
         }
         Node::Collection(collection) => {
             family(catalog, text).map(|family| Node::CollectionFamily(*collection, family))
@@ -265,6 +318,8 @@ pub fn step(catalog: &Catalog, parent: &Node, name: &[u8]) -> Step {
             }
             _ => return key_step(catalog, t, key, name),
         },
+        // Which pins there are is not the catalog's to know.
+        Node::Pins | Node::Pinned(..) => None,
         Node::ControlFile(_) | Node::Export(..) | Node::TableFile(..) | Node::RowFile(..) => None,
     };
     found.map_or(Step::Nothing, Step::Node)
@@ -310,5 +365,84 @@ fn key_step(catalog: &Catalog, name: &Arc<TableRef>, prefix: &[Value], text: &[u
             ty: field.ty,
             start,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Field, TableSchema};
+
+    fn catalog() -> Catalog {
+        let fields = ["name", "value"].map(|name| Field {
+            name: name.parse().unwrap(),
+            ty: FieldType::String,
+        });
+        let table = Table {
+            name: "app/flags".parse().unwrap(),
+            schema: TableSchema::new(fields.to_vec(), &["name".parse().unwrap()]).unwrap(),
+        };
+        [table].into_iter().collect()
+    }
+
+    fn walk(from: Node, path: &str) -> Option<Node> {
+        let catalog = catalog();
+        let names = path.split('/').filter(|name| !name.is_empty());
+        let mut at = from;
+        for name in names {
+            let Step::Node(node) = step(&catalog, &at, name.as_bytes()) else {
+                return None;
+            };
+            assert_eq!(node.name(&catalog).as_deref(), Some(name.as_bytes()));
+            assert_eq!(node.parent(), at, "{name}");
+            at = node;
+        }
+        Some(at)
+    }
+
+    #[test]
+    fn a_place_in_a_pinned_tree_is_another_place() {
+        let (one, two) = (PinId(1), PinId(2));
+        let root = |pin| Node::Root.pinned(Some(pin));
+        for path in [
+            "",
+            "app",
+            "app/flags",
+            "app/flags/.seq",
+            "app/flags/a",
+            "app/flags/a/value",
+        ] {
+            let live = walk(Node::Root, path).unwrap();
+            let pinned = walk(root(one), path).unwrap();
+            assert_ne!(live, pinned);
+            assert_ne!(walk(root(two), path).unwrap(), pinned);
+            assert_eq!(pinned.place(), &live);
+            assert_eq!(pinned.is_dir(), live.is_dir());
+            // What changes with a table is looked for by this.
+            assert_eq!(pinned.table(), None);
+        }
+        assert_eq!(walk(root(one), ".ctlfs"), None);
+        assert_eq!(root(one).parent(), Node::Pins);
+        assert_eq!(walk(Node::Root, ".ctlfs/at"), Some(Node::Pins));
+    }
+
+    #[test]
+    fn exports_are_named_after_their_table() {
+        let export = |path: &str| walk(Node::Root, &format!(".ctlfs/{path}"));
+        for path in [
+            "export/app/flags.ndjson",
+            "export/app/flags.env",
+            "changes/app/flags.ndjson",
+        ] {
+            assert!(export(path).unwrap().is_lazy(), "{path}");
+        }
+        for path in [
+            "export/app/flags",
+            "export/app/.csv",
+            "changes/app/flags.csv",
+            "export/x",
+        ] {
+            assert_eq!(export(path), None, "{path}");
+        }
     }
 }

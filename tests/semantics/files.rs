@@ -139,7 +139,7 @@ fn control_files_show_the_daemon() {
     assert_eq!(tree.read(".ctlfs/ready"), b"");
     assert_eq!(
         names(tree.path(".ctlfs")),
-        ["status.json", "seq", "ready", "export", "changes"]
+        ["status.json", "seq", "ready", "export", "changes", "at"]
     );
     // One open, one state: byte by byte, while the state goes on.
     let file = fs::File::open(tree.path(".ctlfs/status.json")).unwrap();
