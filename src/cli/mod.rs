@@ -10,6 +10,7 @@ pub mod put;
 pub mod secret;
 pub mod status;
 pub mod unmount;
+pub mod wait;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -91,6 +92,7 @@ enum Command {
     Mount(mount::MountArgs),
     Unmount(unmount::UnmountArgs),
     Status(status::StatusArgs),
+    Wait(wait::WaitArgs),
 }
 
 /// Runs the command that the process was called with.
@@ -118,6 +120,7 @@ pub fn main() -> ExitCode {
         Command::Mount(args) => mount::run(args),
         Command::Unmount(args) => unmount::run(args),
         Command::Status(args) => status::run(args),
+        Command::Wait(args) => wait::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
