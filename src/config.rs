@@ -35,6 +35,8 @@ pub struct Daemon {
     pub log_file: Option<PathBuf>,
     /// What is logged: a level or a `tracing` filter.
     pub log_level: String,
+    /// Whether to have the origin tell of changes where it can.
+    pub push: bool,
     /// After how long without contact or without catching up the tree counts as stale.
     pub stale_after: Duration,
     /// How many bytes a table may have that is shown as one file.

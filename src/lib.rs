@@ -27,6 +27,7 @@ pub mod ldb;
 pub mod ledger;
 pub mod model;
 pub mod mount;
+mod pace;
 pub mod reflector;
 mod sqlite;
 pub mod status;

@@ -1,6 +1,8 @@
 //! What the daemon knows of its own state: written by the reflector and the mount, shown in
 //! `status.json` and by `ctlfs status`.
 
+mod delay;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -8,7 +10,10 @@ use std::time::{Duration, SystemTime};
 
 use serde_json::{Value as Json, json};
 
+use crate::ledger::push::PushState;
 use crate::model::{LedgerTime, Seq};
+
+pub use delay::{DelayReport, Delays};
 
 /// How far the reflector is, and what stands in its way.
 #[derive(Debug, Clone, Default)]
@@ -19,7 +24,9 @@ pub struct Progress {
     pub applied_time: Option<LedgerTime>,
     /// The last sequence the origin was seen to have.
     pub origin_last: Option<Seq>,
-    /// When the origin last answered.
+    /// When it was last seen to be that one.
+    pub origin_last_seen: Option<SystemTime>,
+    /// When the origin last answered, or said through push that it is there.
     pub last_contact: Option<SystemTime>,
     /// When the LDB was last known to hold everything the origin has.
     pub caught_up: Option<SystemTime>,
@@ -33,6 +40,27 @@ pub struct Progress {
     pub late: Vec<Seq>,
     /// Entries applied since the daemon started.
     pub entries_applied: u64,
+    /// Whether changes are told as they are made.
+    pub push: Push,
+    /// How long changes took from the ledger to the tree.
+    pub delay: Option<DelayReport>,
+}
+
+impl Progress {
+    /// Notes the last sequence that the origin was seen to have.
+    pub fn saw_last(&mut self, seq: Seq, now: SystemTime) {
+        self.origin_last = Some(seq);
+        self.origin_last_seen = Some(now);
+    }
+}
+
+/// How push is doing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Push {
+    /// Its state.
+    pub state: PushState,
+    /// Why it is not on, or not relied on; one sentence.
+    pub reason: Option<String>,
 }
 
 /// Something that keeps the reflector from going on. It tries again by itself.
@@ -73,6 +101,11 @@ impl StatusBoard {
     /// The reflector's state as it is now.
     pub fn progress(&self) -> Progress {
         self.lock().clone()
+    }
+
+    /// Whether changes are told as they are made.
+    pub fn push_state(&self) -> PushState {
+        self.lock().push.state
     }
 
     /// Changes the reflector's state. `change` must not block.
@@ -338,10 +371,13 @@ pub fn render_json(
         "seq": counters.seq.get(),
         "ledger_time": progress.applied_time.and_then(|time| rfc3339(time.into())),
         "origin_seq": progress.origin_last.map(Seq::get),
+        "origin_seq_seen": progress.origin_last_seen.and_then(rfc3339),
         "behind": behind(progress),
         "last_contact": progress.last_contact.and_then(rfc3339),
         "seconds_since_contact": since_contact,
         "caught_up": progress.caught_up.and_then(rfc3339),
+        "push": {"state": progress.push.state.as_str(), "reason": progress.push.reason},
+        "delay": progress.delay.as_ref().map(DelayReport::json),
         "entries_applied": progress.entries_applied,
         "problem": problem,
         "late": progress.late.iter().map(|seq| seq.get()).collect::<Vec<_>>(),

@@ -53,13 +53,16 @@ print("watching", flush=True)
 observer.join()
 "#;
 
-/// Prints the content whenever chokidar says that the file changed.
+/// Prints the content whenever chokidar, which watches the row, says that the file changed.
 const CHOKIDAR: &str = r#"
 import { readFileSync } from "node:fs";
+import { dirname } from "node:path";
 import { watch } from "chokidar";
 const file = process.argv[2];
-const look = () => { try { console.log("value", readFileSync(file, "utf8").trim()); } catch {} };
-watch(file).on("ready", () => console.log("watching")).on("change", look).on("add", look);
+const look = (path) => {
+    if (path === file) try { console.log("value", readFileSync(file, "utf8").trim()); } catch {}
+};
+watch(dirname(file)).on("ready", () => console.log("watching")).on("change", look).on("add", look);
 "#;
 
 /// Prints a line for whatever happens to the name in the row's directory.
@@ -87,9 +90,8 @@ done
 enum Sees {
     /// This line, once for each change.
     Events(&'static str),
-    /// Each value, behind this.
-    Values(&'static str),
-    /// The same, but it may leave out values that were replaced before it came to read them.
+    /// What it reads of the file, behind this. It may leave out values that were replaced before it
+    /// came to read them.
     Latest(&'static str),
 }
 
@@ -183,7 +185,7 @@ fn watchers(tree: &Tree, home: &Path) -> Vec<Watched> {
         Watched {
             name: "tail -F",
             watcher: tail,
-            sees: Sees::Values(""),
+            sees: Sees::Latest(""),
         },
     ]
 }
@@ -215,8 +217,7 @@ fn programs_of_others_see_every_change() {
             latest,
         } = match sees {
             Sees::Events(end) => events(watcher, end, &changed),
-            Sees::Values(before) => values(watcher, before, &changed, false),
-            Sees::Latest(before) => values(watcher, before, &changed, true),
+            Sees::Latest(before) => values(watcher, before, &changed),
         };
         println!("{name}: {missed} missed, {skipped} passed over, the latest after {latest:?}");
         if missed > 0 || latest >= LATE {
@@ -254,8 +255,8 @@ fn events(watcher: &Watcher, end: &str, changed: &[Instant]) -> Seen {
     }
 }
 
-/// By the values that it shows. With `latest`, one that shows a later value has noticed all before.
-fn values(watcher: &Watcher, before: &str, changed: &[Instant], latest: bool) -> Seen {
+/// By the values that it shows: who shows a later one has noticed all before.
+fn values(watcher: &Watcher, before: &str, changed: &[Instant]) -> Seen {
     let mut seen = vec![None; changed.len() + 1];
     let give_up = Instant::now() + 2 * LATE;
     while seen.last().is_none_or(Option::is_none) && Instant::now() < give_up {
@@ -269,12 +270,10 @@ fn values(watcher: &Watcher, before: &str, changed: &[Instant], latest: bool) ->
         std::thread::yield_now();
     }
     let shown = seen.iter().skip(1).flatten().count();
-    if latest {
-        let mut next = None;
-        for time in seen.iter_mut().rev() {
-            next = time.or(next);
-            *time = next;
-        }
+    let mut next = None;
+    for time in seen.iter_mut().rev() {
+        next = time.or(next);
+        *time = next;
     }
     let noticed: Vec<_> = seen.iter().skip(1).zip(changed).collect();
     let late = noticed

@@ -8,6 +8,7 @@ use clap::{Args, ValueHint};
 
 use super::Error;
 use super::origin::{OriginArgs, failed, say};
+use super::wait::WaitOptions;
 use crate::executive::{self, Applied, ApplyError, Document};
 
 /// Load families, tables and rows from a YAML or JSON file
@@ -16,11 +17,13 @@ use crate::executive::{self, Applied, ApplyError, Document};
 /// says; fields that a row of the file does not name become NULL. Rows and tables that the file
 /// does not name stay. The file is checked before anything is changed, and what is already so is
 /// not written again. A table lists a key once.
-#[derive(Debug, Args)]
+#[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ApplyArgs {
     #[command(flatten)]
     origin: OriginArgs,
+    #[command(flatten)]
+    wait: WaitOptions,
     /// The file, or '-' for standard input.
     #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     file: PathBuf,
@@ -53,6 +56,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Runs the command.
 pub fn run(args: ApplyArgs) -> Result<(), Error> {
+    let waiting = args.wait.prepare()?;
     let mut executive = args.origin.executive()?;
     let mut ticker = Ticker::new();
     let document = if args.file.as_os_str() == "-" {
@@ -81,7 +85,7 @@ pub fn run(args: ApplyArgs) -> Result<(), Error> {
         ApplyError::Executive(e) => failed(e),
     })?;
     say(&summary(&applied));
-    Ok(())
+    waiting.finish(applied.seq, || args.origin.last_seq())
 }
 
 fn summary(applied: &Applied) -> String {

@@ -5,6 +5,7 @@ use clap::Args;
 use super::Error;
 use super::origin::{OriginArgs, say};
 use super::put::{describe, explain, open, values};
+use super::wait::WaitOptions;
 use crate::executive::Mutation;
 
 /// Remove one row
@@ -16,6 +17,8 @@ use crate::executive::Mutation;
 pub struct DeleteArgs {
     #[command(flatten)]
     origin: OriginArgs,
+    #[command(flatten)]
+    wait: WaitOptions,
     /// The table.
     #[arg(value_name = "FAMILY/TABLE")]
     table: String,
@@ -32,6 +35,7 @@ Examples:
 
 /// Runs the command.
 pub fn run(args: DeleteArgs) -> Result<(), Error> {
+    let waiting = args.wait.prepare()?;
     let (table, mut executive, schema) = open(&args.origin, &args.table)?;
     let key = values(&table, &schema, &args.key)?;
     let row = describe(&table, &schema, &key);
@@ -41,7 +45,7 @@ pub fn run(args: DeleteArgs) -> Result<(), Error> {
     match outcome.seq {
         Some(seq) => {
             say(&format!("{row} deleted at ledger sequence {seq}"));
-            Ok(())
+            waiting.finish(Some(seq), || Ok(None))
         }
         None => Err(Error::failed(format!(
             "there is no row {row}; nothing was written"

@@ -10,6 +10,7 @@ pub mod put;
 pub mod secret;
 pub mod status;
 pub mod unmount;
+pub mod wait;
 pub mod with_snapshot;
 
 use std::ffi::OsString;
@@ -92,6 +93,7 @@ enum Command {
     Mount(mount::MountArgs),
     Unmount(unmount::UnmountArgs),
     Status(status::StatusArgs),
+    Wait(wait::WaitArgs),
     WithSnapshot(with_snapshot::WithSnapshotArgs),
 }
 
@@ -120,6 +122,7 @@ pub fn main() -> ExitCode {
         Command::Mount(args) => mount::run(args),
         Command::Unmount(args) => unmount::run(args),
         Command::Status(args) => status::run(args),
+        Command::Wait(args) => wait::run(args),
         Command::WithSnapshot(args) => with_snapshot::run(args),
     };
     match result {

@@ -68,7 +68,13 @@ pub(super) struct Common {
     /// The directory for the local database, lock and log.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(super) state: Option<PathBuf>,
-    /// How often to ask the origin when nothing happens, with some jitter.
+    /// Whether the origin tells of changes as they are made: through the binlog of MySQL or
+    /// MariaDB, which takes the privileges REPLICATION SLAVE and REPLICATION CLIENT and brings
+    /// everything that the server writes to its binlog to this host, or by watching the file of an
+    /// SQLite ledger. auto: where it can be had.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = ["auto", "off"])]
+    pub(super) push: String,
+    /// How often to ask the origin while changes are not pushed, with some jitter.
     #[arg(long, value_name = "DURATION", default_value = config::POLL_INTERVAL)]
     #[arg(value_parser = config::duration)]
     pub(super) poll_interval: Duration,
@@ -248,6 +254,7 @@ impl Common {
             threads: self.threads.unwrap_or_else(config::default_threads),
             log_file,
             log_level: self.log_level,
+            push: self.push != "off",
             stale_after: self.stale_after,
             export_max_size: self.export_max_size,
             pin_max_age: self.pin_max_age,

@@ -8,7 +8,8 @@ use clap::{Args, ValueHint};
 
 use super::Error;
 use crate::executive::{Executive, ExecutiveError};
-use crate::ledger::OriginUrl;
+use crate::ledger::{self, OriginUrl};
+use crate::model::Seq;
 
 /// Where the ledger is.
 #[derive(Args)]
@@ -40,6 +41,12 @@ impl OriginArgs {
                 url.with_password_file(file).map_err(Error::failed)
             }
         }
+    }
+
+    /// The last sequence of the ledger; `None` when it is empty.
+    pub(super) fn last_seq(&self) -> Result<Option<Seq>, Error> {
+        let mut origin = ledger::open(&self.url()?).map_err(Error::failed)?;
+        origin.last_seq().map_err(Error::failed)
     }
 
     /// A writer to the origin, not connected yet.

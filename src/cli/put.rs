@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::Error;
 use super::origin::{OriginArgs, failed, say};
+use super::wait::WaitOptions;
 use crate::executive::{Effect, Executive, ExecutiveError, Mutation, expected, unhex};
 use crate::hex;
 use crate::model::{Field, FieldName, FieldType, TableRef, TableSchema, Value};
@@ -21,6 +22,8 @@ use crate::model::{Field, FieldName, FieldType, TableRef, TableSchema, Value};
 pub struct PutArgs {
     #[command(flatten)]
     origin: OriginArgs,
+    #[command(flatten)]
+    wait: WaitOptions,
     /// The table.
     #[arg(value_name = "FAMILY/TABLE")]
     table: String,
@@ -42,10 +45,12 @@ const EXAMPLES: &str = r#"Values:
 
 Examples:
   ctlfs put --origin sqlite:///var/lib/app/ledger.db app/flags name=new-checkout enabled=1
-  ctlfs put --origin mysql://writer@db:3306/ctldb tls/certs host=www.example.com cert=@www.pem"#;
+  ctlfs put --origin mysql://writer@db:3306/ctldb tls/certs host=www.example.com cert=@www.pem
+  ctlfs put --origin sqlite:///var/lib/app/ledger.db --wait /ctl app/flags name=beta enabled=1"#;
 
 /// Runs the command.
 pub fn run(args: PutArgs) -> Result<(), Error> {
+    let waiting = args.wait.prepare()?;
     let (table, mut executive, schema) = open(&args.origin, &args.table)?;
     let values = values(&table, &schema, &args.values)?;
     let row = describe(&table, &schema, &values);
@@ -60,7 +65,7 @@ pub fn run(args: PutArgs) -> Result<(), Error> {
         None => say(&format!("{row} is so already; nothing was written")),
     }
     debug_assert_ne!(outcome.effects, [Effect::Missing]);
-    Ok(())
+    waiting.finish(outcome.seq, || args.origin.last_seq())
 }
 
 /// The table that the command names, as the origin has it.

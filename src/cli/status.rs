@@ -8,6 +8,7 @@ use clap::{Args, ValueHint};
 use serde_json::Value as Json;
 
 use super::Error;
+use super::wait::mounted;
 use crate::daemon;
 
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -32,24 +33,7 @@ pub struct StatusArgs {
 
 /// Runs the command.
 pub fn run(args: StatusArgs) -> Result<(), Error> {
-    let path = match daemon::resolve(&args.mountpoint) {
-        Ok(path) => path,
-        Err(error) => {
-            let path = args.mountpoint.display();
-            return not_mounted(&format!("cannot show the status of {path}: {error}"));
-        }
-    };
-    let mounted = daemon::mount_at(&path).map_err(Error::failed)?;
-    if !mounted.is_some_and(|mount| mount.is_ctlfs()) {
-        return not_mounted(&format!("{}: ctlfs is not mounted there", path.display()));
-    }
-    if daemon::is_stale(&path) {
-        return not_mounted(&format!(
-            "{}: a stale mount, its daemon is dead; mount again, or remove it with 'ctlfs unmount \
-             {0}'",
-            path.display()
-        ));
-    }
+    let path = mounted(&args.mountpoint, "show the status of")?;
     let text = daemon::read_status(&path, DEADLINE).map_err(|error| {
         Error::failed(format!(
             "cannot read the status of {}: {error}",
@@ -73,11 +57,6 @@ pub fn run(args: StatusArgs) -> Result<(), Error> {
     } else {
         Err(Error::Exit(1))
     }
-}
-
-fn not_mounted(text: &str) -> Result<(), Error> {
-    let _ = writeln!(io::stderr(), "ctlfs: {text}");
-    Err(Error::Exit(2))
 }
 
 /// A few aligned lines.
@@ -112,6 +91,10 @@ fn for_people(status: &Json) -> String {
             Some(n) => format!("{n} behind the origin's {}", or("/origin_seq", "?")),
         };
         lines.push(("sequence", format!("{}, {behind}", or("/seq", "?"))));
+        lines.push(("push", pushed(status)));
+        if let Some(delay) = delay(status) {
+            lines.push(("delay", delay));
+        }
         lines.push((
             "contact",
             text("/seconds_since_contact")
@@ -168,6 +151,41 @@ fn for_people(status: &Json) -> String {
         .collect()
 }
 
+/// Whether changes are pushed, and what happens if not.
+fn pushed(status: &Json) -> String {
+    let text = |name: &str| status.pointer(name).and_then(Json::as_str);
+    let polling = format!("polling every {}", text("/poll_interval").unwrap_or("?"));
+    let reason = text("/push/reason");
+    match (text("/push/state"), reason) {
+        (Some("on"), None) => "on".into(),
+        (Some("on"), Some(reason)) => format!("on, but {polling} besides: {reason}"),
+        (state, reason) => {
+            let state = state.unwrap_or("off");
+            let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
+            format!("{state}, {polling}{reason}")
+        }
+    }
+}
+
+/// How long changes take, as far as the ledger's clock tells.
+fn delay(status: &Json) -> Option<String> {
+    let number = |name: &str| status.pointer(name).and_then(Json::as_f64);
+    let resolution = number("/delay/resolution_ms")?;
+    let show = |millis: f64| {
+        if resolution >= 1000.0 && millis < resolution {
+            "below a second".to_owned()
+        } else {
+            format!("{millis:.1} ms")
+        }
+    };
+    Some(format!(
+        "p50 {}, p99 {}, of the last {} transactions",
+        show(number("/delay/p50_ms")?),
+        show(number("/delay/p99_ms")?),
+        number("/delay/count")?
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,6 +195,8 @@ mod tests {
     fn people_get_aligned_lines() {
         let shown = for_people(&json!({
             "health": "error", "pid": 7, "mountpoint": "/ctl", "started": "T", "origin": "sqlite:///x",
+            "push": {"state": "off", "reason": "no privilege"}, "poll_interval": "1s",
+            "delay": {"count": 7, "p50_ms": 1.234, "p99_ms": 3.0, "resolution_ms": 0.001},
             "ldb": null, "seq": 5, "origin_seq": 9, "behind": 4, "seconds_since_contact": 2,
             "counts": {"families": 1, "tables": 2}, "late": [3],
             "problem": {"kind": "statement", "seq": 6, "statement": "DROP", "reason": "no", "since": "S"},
@@ -187,6 +207,8 @@ mod tests {
              mounted      /ctl by pid 7 since T\n\
              origin       sqlite:///x\n\
              sequence     5, 4 behind the origin's 9\n\
+             push         off, polling every 1s: no privilege\n\
+             delay        p50 1.2 ms, p99 3.0 ms, of the last 7 transactions\n\
              contact      2 s ago\n\
              tree         1 families, 2 tables\n\
              problem      entry 6, DROP: no\n\

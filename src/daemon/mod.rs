@@ -312,10 +312,13 @@ impl Live {
         {
             live.start = start_of(&ldb);
             let events = events.clone();
+            // Several times before the tree would count as stale.
+            let push = config.push.then_some(config.stale_after / 4);
+            let ended = move || {
+                let _ = events.send(Event::ReflectorEnded);
+            };
             let running =
-                wiring::reflect(origin, *ldb, &mounted, board, poll_interval, move || {
-                    let _ = events.send(Event::ReflectorEnded);
-                })?;
+                wiring::reflect(origin, *ldb, &mounted, board, (poll_interval, push), ended)?;
             live.reflector = Some(running);
         }
         let events = events.clone();

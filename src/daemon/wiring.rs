@@ -176,11 +176,12 @@ pub(super) fn reflect(
     mut ldb: Ldb,
     mounted: &Mounted,
     board: &Arc<StatusBoard>,
-    poll_interval: Duration,
+    (poll_interval, push): (Duration, Option<Duration>),
     ended: impl FnOnce() + Send + 'static,
 ) -> std::io::Result<Running> {
     let settings = Settings {
         poll_interval,
+        push,
         ..Settings::default()
     };
     let observer = mounted.observer();

@@ -8,6 +8,8 @@ use std::time::Duration;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, ErrorCode, OpenFlags, Row};
 
+use super::inotify::InotifyPush;
+use super::push::Push;
 use super::{Entry, LEDGER_TABLE, Origin, OriginError};
 use crate::model::{LedgerTime, Seq};
 
@@ -195,6 +197,15 @@ impl Origin for EmbeddedOrigin {
 
     fn describe(&self) -> String {
         describe(&self.path)
+    }
+
+    fn push(&self, heartbeat: Duration) -> Option<Box<dyn Push>> {
+        Some(Box::new(InotifyPush::new(&self.path, heartbeat)))
+    }
+
+    fn clock_ahead(&self) -> Option<i64> {
+        // Whoever writes the file is on this host.
+        Some(0)
     }
 }
 

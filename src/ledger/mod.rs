@@ -4,11 +4,15 @@
 //! the reflector has a thread of its own, and whatever runtime an origin needs stays inside it.
 
 use std::fmt;
+use std::time::Duration;
 
 use crate::model::{LedgerTime, Seq};
 
+mod binlog;
 pub(crate) mod embedded;
+mod inotify;
 mod mysql;
+pub mod push;
 pub(crate) mod session;
 pub mod statement;
 mod url;
@@ -56,6 +60,19 @@ pub trait Origin: Send {
 
     /// The origin as a person may see it: never with a password.
     fn describe(&self) -> String;
+
+    /// What tells of changes of this ledger the moment they are made, if there is such a thing.
+    /// `heartbeat` is how often it says that it is in contact while nothing changes.
+    fn push(&self, heartbeat: Duration) -> Option<Box<dyn push::Push>> {
+        let _ = heartbeat;
+        None
+    }
+
+    /// By how many microseconds the clock that dates entries is ahead of this host's, as far as
+    /// it was measured.
+    fn clock_ahead(&self) -> Option<i64> {
+        None
+    }
 }
 
 /// The ledger that a URL names. Nothing is connected or opened before the first call, so that a

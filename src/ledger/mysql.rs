@@ -1,10 +1,14 @@
 //! The ledger in a MySQL or MariaDB database. It only reads.
 
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use mysql_async::prelude::Queryable;
 use mysql_async::{Conn, Row, Value};
+use tokio::sync::watch;
 
+use super::binlog::BinlogPush;
+use super::push::Push;
 use super::session::{Purpose, Session, SessionError, answer};
 use super::url::MySqlUrl;
 use super::{Entry, LEDGER_TABLE, Origin, OriginError};
@@ -18,13 +22,30 @@ const MAX_ANSWER_BYTES: usize = 16 << 20;
 const ENTRY_BYTES: usize = 64;
 /// How long reading an answer may take before what came so far is handed on.
 const MAX_ANSWER_TIME: Duration = Duration::from_secs(20);
+/// For how long a comparison of the clocks counts.
+const CLOCK_AGE: Duration = Duration::from_secs(600);
 const FIRST_LIMIT: usize = 1000;
 const MAX_LIMIT: usize = 64 * 1024;
 
 /// A ledger in MySQL. Connects on the first call, and again on the next call after a failure.
 pub struct MySqlOrigin {
     session: Session,
+    url: MySqlUrl,
     limit: usize,
+    clock: Option<Clock>,
+    /// Changes when the binlog stream breaks: then the server may be away without a word, or
+    /// another one, and a connection from before is not waited for.
+    broken: Arc<watch::Sender<u64>>,
+    seen_broken: u64,
+}
+
+/// A comparison of the server's clock with ours.
+struct Clock {
+    /// Microseconds that the server's is ahead.
+    ahead: i64,
+    at: Instant,
+    /// The connection that it was made on.
+    connection: u64,
 }
 
 impl MySqlOrigin {
@@ -32,7 +53,11 @@ impl MySqlOrigin {
     pub fn new(url: &MySqlUrl) -> Result<Self, OriginError> {
         Ok(MySqlOrigin {
             session: Session::new(url, Purpose::Read)?,
+            url: url.clone(),
             limit: FIRST_LIMIT,
+            clock: None,
+            broken: Arc::default(),
+            seen_broken: 0,
         })
     }
 
@@ -40,9 +65,50 @@ impl MySqlOrigin {
         &mut self,
         work: impl AsyncFn(&mut Conn) -> Result<T, SessionError>,
     ) -> Result<T, OriginError> {
-        self.session
-            .run_again(work)
-            .map_err(|e| e.into_origin(self.session.origin().to_owned()))
+        let broken = *self.broken.borrow();
+        if broken != self.seen_broken {
+            self.seen_broken = broken;
+            self.session.drop_connection();
+        }
+        let result = self.session.connect().and_then(|()| {
+            self.compare_clocks();
+            self.session.run_again(async |conn| {
+                let mut breaks = self.broken.subscribe();
+                tokio::select! {
+                    biased;
+                    result = work(conn) => result,
+                    _ = breaks.changed() => Err(SessionError::Gone),
+                }
+            })
+        });
+        result.map_err(|e| e.into_origin(self.session.origin().to_owned()))
+    }
+
+    /// Compares the clocks on a new connection, and now and then on an old one.
+    fn compare_clocks(&mut self) {
+        let connection = self.session.connections();
+        if self
+            .clock
+            .as_ref()
+            .is_some_and(|c| c.connection == connection && c.at.elapsed() < CLOCK_AGE)
+        {
+            return;
+        }
+        let sql = "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))";
+        let asked = (Instant::now(), SystemTime::now());
+        // A clock that cannot be had is no reason not to read the ledger.
+        let theirs = self
+            .session
+            .run(async |conn| answer(conn.query_first::<i64, _>(sql)).await);
+        let Ok(Some(theirs)) = theirs else {
+            return;
+        };
+        let ours = LedgerTime::from(asked.1 + asked.0.elapsed() / 2).micros();
+        self.clock = Some(Clock {
+            ahead: theirs.saturating_sub(ours),
+            at: Instant::now(),
+            connection,
+        });
     }
 
     fn failed(&self, reason: impl Into<String>) -> OriginError {
@@ -102,6 +168,18 @@ impl Origin for MySqlOrigin {
 
     fn describe(&self) -> String {
         self.session.origin().to_owned()
+    }
+
+    fn push(&self, heartbeat: Duration) -> Option<Box<dyn Push>> {
+        Some(Box::new(BinlogPush::new(
+            &self.url,
+            heartbeat,
+            Arc::clone(&self.broken),
+        )))
+    }
+
+    fn clock_ahead(&self) -> Option<i64> {
+        self.clock.as_ref().map(|clock| clock.ahead)
     }
 }
 

@@ -15,7 +15,7 @@ use super::OriginError;
 use super::url::MySqlUrl;
 
 /// How long connecting and logging in may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the server may stay silent in an answer.
 pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -148,9 +148,9 @@ fn hangs_up(code: u16) -> bool {
 /// the number is shown.
 fn holds_no_value(code: u16) -> bool {
     match code {
-        // Logging in, privileges, and a server that is full, ending or read-only.
+        // Logging in, privileges, the binlog, and a server that is full, ending or read-only.
         1040 | 1044 | 1045 | 1053 | 1130 | 1142 | 1143 | 1152 | 1203 | 1226 | 1227 | 1251
-        | 1290 | 1317 | 1698 | 1792 | 1820 | 1836 | 1862 | 1927 | 4031 | 4151 => true,
+        | 1236 | 1290 | 1317 | 1698 | 1792 | 1820 | 1836 | 1862 | 1927 | 4031 | 4151 => true,
         // Disk, storage engine, memory, locks.
         1021 | 1026 | 1030 | 1036 | 1037 | 1038 | 1041 | 1114 | 1205 | 1206 | 1213 => true,
         // Databases, tables, columns and keys that are missing, there, or too long.
@@ -166,6 +166,8 @@ pub(crate) struct Session {
     origin: String,
     runtime: Option<Runtime>,
     conn: Option<Conn>,
+    /// How many connections were made.
+    made: u64,
 }
 
 impl Session {
@@ -203,6 +205,7 @@ impl Session {
             origin,
             runtime: Some(runtime),
             conn: None,
+            made: 0,
         })
     }
 
@@ -214,6 +217,11 @@ impl Session {
     /// Whether there is a connection that worked when it was last used.
     pub(crate) fn is_connected(&self) -> bool {
         self.conn.is_some()
+    }
+
+    /// How many connections were made so far: another number, another connection.
+    pub(crate) fn connections(&self) -> u64 {
+        self.made
     }
 
     /// Connects if there is no connection.
@@ -228,6 +236,7 @@ impl Session {
         match connecting {
             Ok(conn) => {
                 self.conn = Some(conn?);
+                self.made += 1;
                 Ok(())
             }
             Err(_) => Err(SessionError::Database(Error::Io(IoError::Io(

@@ -108,6 +108,11 @@ impl MySqlUrl {
     pub(crate) fn opts(&self) -> &Opts {
         &self.opts
     }
+
+    /// The database that holds the ledger.
+    pub(crate) fn database(&self) -> &str {
+        &self.database
+    }
 }
 
 impl FromStr for OriginUrl {

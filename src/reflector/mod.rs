@@ -3,9 +3,12 @@
 //!
 //! It only sequences: what a statement may do, and what it changes, is the LDB writer's business.
 
+mod obstacle;
 mod pace;
+mod push;
 mod run;
 mod sequence;
+mod source;
 mod stop;
 #[cfg(test)]
 mod tests;
@@ -40,6 +43,9 @@ impl CommitObserver for () {
 pub struct Settings {
     /// How long to wait between looks at an origin that has nothing new, before jitter.
     pub poll_interval: Duration,
+    /// Whether to have the origin tell of changes where it can; how often it then says that it is
+    /// there while nothing changes.
+    pub push: Option<Duration>,
     /// The longest wait after failures of the origin, before jitter.
     pub max_backoff: Duration,
     /// Commit after so many entries at the latest, or when a ledger transaction ends after that.
@@ -54,6 +60,7 @@ impl Default for Settings {
     fn default() -> Self {
         Settings {
             poll_interval: Duration::from_secs(1),
+            push: Some(Duration::from_secs(1)),
             max_backoff: Duration::from_secs(10),
             batch_entries: 10_000,
             batch_bytes: 16 << 20,

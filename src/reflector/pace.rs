@@ -1,42 +1,154 @@
-//! How long the reflector waits before it tries again: jitter, and back-off with a cap. Pure but for
-//! the source of randomness.
+//! When to look at the origin: at once for what push announces, again soon while that is not there
+//! yet, and at an interval underneath. Pure; the time is passed in.
 
-use std::hash::{BuildHasher, RandomState};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Spreads a duration by up to a quarter in both directions.
-pub(super) fn jitter(base: Duration, random: u64) -> Duration {
-    // 0 to 500 of 1,000, on top of three quarters.
-    let spread = u32::try_from(random % 501).unwrap_or(0);
-    (base.saturating_mul(3) / 4).saturating_add(base.saturating_mul(spread) / 1000)
-}
+use super::stop::Wakes;
+use crate::model::Seq;
+use crate::pace::jitter;
 
-/// A number that differs from call to call and from process to process.
-pub(super) fn random() -> u64 {
-    RandomState::new().hash_one(0u8)
-}
+/// The interval while push tells of changes: a safety net.
+const SAFETY_NET: Duration = Duration::from_secs(30);
+/// The first pause between looks for something that was announced; it doubles.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// For how long an announced sequence is looked for.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How much later than the poll that found an entry push may still tell of it.
+const GRACE: Duration = Duration::from_secs(2);
 
-/// Doubles from `first` up to a cap.
+/// Decides how long to wait.
 #[derive(Debug)]
-pub(super) struct Backoff {
-    first: Duration,
-    next: Duration,
+pub(super) struct Pace {
+    /// The interval without push.
+    interval: Duration,
+    hunt: Hunt,
+    /// When the last look at the interval was done, and how much jitter the next one has.
+    polled: Option<(Instant, u64)>,
+    due: bool,
+    /// An entry that was found before anybody told of it.
+    untold: Option<(Seq, Instant)>,
+    distrust: bool,
 }
 
-impl Backoff {
-    pub(super) fn new(first: Duration) -> Self {
-        Backoff { first, next: first }
+/// What was announced and not yet found.
+#[derive(Debug, Default)]
+struct Hunt {
+    /// The ledger has this sequence, or is about to.
+    known: Option<Seq>,
+    /// Something without a sequence.
+    unknown: bool,
+    since: Option<Instant>,
+    pause: Duration,
+}
+
+impl Pace {
+    /// A pace of one look in `interval` where nothing pushes.
+    pub(super) fn new(interval: Duration) -> Self {
+        Pace {
+            interval,
+            hunt: Hunt::default(),
+            polled: None,
+            due: true,
+            untold: None,
+            distrust: false,
+        }
     }
 
-    /// How long to wait now, before jitter.
-    pub(super) fn next(&mut self, cap: Duration) -> Duration {
-        let now = self.next.min(cap);
-        self.next = now.saturating_mul(2);
-        now
+    /// Notes what was announced. To be called before a look.
+    pub(super) fn note(&mut self, wakes: Wakes, now: Instant) {
+        self.hunt.note(wakes, now);
+        if let Some((seq, _)) = self.untold
+            && (wakes.unknown || wakes.known >= Some(seq))
+        {
+            self.untold = None;
+        }
     }
 
-    pub(super) fn reset(&mut self) {
-        self.next = self.first;
+    /// Whether the next look is one of those at the interval, `pushed` if that is the long one.
+    pub(super) fn is_due(&mut self, pushed: bool, now: Instant) -> bool {
+        self.due |= self.until_poll(pushed, now).is_zero();
+        self.due
+    }
+
+    /// Notes that a look found entries up to `last`.
+    pub(super) fn found(&mut self, last: Seq, pushed: bool, now: Instant) {
+        if pushed && self.due && self.polled.is_some() && self.hunt.since.is_none() {
+            self.untold = Some((last, now));
+        }
+    }
+
+    /// How long to wait after a look that found nothing, when everything up to `seen` was fetched.
+    /// `random` spreads the interval.
+    pub(super) fn rest(&mut self, seen: Seq, pushed: bool, now: Instant, random: u64) -> Duration {
+        if self.due {
+            self.due = false;
+            self.polled = Some((now, random));
+        }
+        let mut rest = self.until_poll(pushed, now);
+        if let Some((_, found)) = self.untold {
+            let grace = GRACE.saturating_sub(now.saturating_duration_since(found));
+            if grace.is_zero() {
+                self.untold = None;
+                self.distrust = true;
+            }
+            rest = rest.min(grace.max(FIRST_PAUSE));
+        }
+        match self.hunt.pause(seen, self.interval, now) {
+            Some(pause) => rest.min(pause),
+            None => rest,
+        }
+    }
+
+    /// Whether push failed to tell of a change: from then on it is not relied on.
+    pub(super) fn distrusts(&self) -> bool {
+        self.distrust
+    }
+
+    /// Push has begun anew, and is trusted again.
+    pub(super) fn trust(&mut self) {
+        self.untold = None;
+        self.distrust = false;
+    }
+
+    fn until_poll(&self, pushed: bool, now: Instant) -> Duration {
+        let Some((at, random)) = self.polled else {
+            return Duration::ZERO;
+        };
+        let interval = if pushed && !self.distrust {
+            self.interval.max(SAFETY_NET)
+        } else {
+            self.interval
+        };
+        jitter(interval, random).saturating_sub(now.saturating_duration_since(at))
+    }
+}
+
+impl Hunt {
+    fn note(&mut self, wakes: Wakes, now: Instant) {
+        if wakes.unknown || wakes.known > self.known {
+            self.known = self.known.max(wakes.known);
+            self.unknown |= wakes.unknown;
+            self.since = Some(now);
+            self.pause = FIRST_PAUSE;
+        }
+    }
+
+    /// The pause before the next look; `None` once there is nothing left to look for. A sequence
+    /// that is known is looked for until it is there. For what is not known, looks get rarer up to
+    /// the interval: all of them, because what was found may be something else.
+    fn pause(&mut self, seen: Seq, interval: Duration, now: Instant) -> Option<Duration> {
+        let age = now.saturating_duration_since(self.since?);
+        self.unknown &= self.pause < interval;
+        if self.known.is_some_and(|seq| seq <= seen) || age > PATIENCE {
+            self.known = None;
+        }
+        if !self.unknown && self.known.is_none() {
+            *self = Hunt::default();
+            return None;
+        }
+        let pause = self.pause.min(interval);
+        self.pause = self.pause.saturating_mul(2);
+        Some(pause)
     }
 }
 
@@ -44,23 +156,94 @@ impl Backoff {
 mod tests {
     use super::*;
 
-    #[test]
-    fn jitter_stays_within_a_quarter() {
-        let base = Duration::from_secs(1);
-        for random in [0, 250, 500, 501, u64::MAX] {
-            let wait = jitter(base, random);
-            assert!(wait >= base * 3 / 4 && wait <= base * 5 / 4, "{wait:?}");
-            jitter(Duration::MAX, random);
+    const SECOND: Duration = Duration::from_secs(1);
+    /// Jitter of nothing.
+    const EVEN: u64 = 250;
+
+    fn known(seq: u64) -> Wakes {
+        Wakes {
+            known: Some(Seq::new(seq)),
+            unknown: false,
         }
     }
 
+    const UNKNOWN: Wakes = Wakes {
+        known: None,
+        unknown: true,
+    };
+
+    fn millis(pace: &mut Pace, seen: u64, now: Instant) -> u128 {
+        pace.rest(Seq::new(seen), true, now, EVEN).as_millis()
+    }
+
     #[test]
-    fn backoff_doubles_to_its_cap_and_starts_again() {
-        let mut backoff = Backoff::new(Duration::from_millis(100));
-        let cap = Duration::from_millis(350);
-        let waits: Vec<_> = (0..4).map(|_| backoff.next(cap).as_millis()).collect();
-        assert_eq!(waits, [100, 200, 350, 350]);
-        backoff.reset();
-        assert_eq!(backoff.next(cap).as_millis(), 100);
+    fn it_polls_at_the_interval_and_seldom_while_push_is_on() {
+        let mut pace = Pace::new(SECOND);
+        let start = Instant::now();
+        assert!(pace.is_due(false, start));
+        assert_eq!(pace.rest(Seq::ZERO, false, start, EVEN), SECOND);
+        assert!(!pace.is_due(false, start));
+        // Going on from a look in between does not put the next one off.
+        let later = start + SECOND / 4;
+        assert_eq!(pace.rest(Seq::ZERO, false, later, EVEN), SECOND * 3 / 4);
+        assert_eq!(pace.rest(Seq::ZERO, true, later, EVEN), SECOND * 119 / 4);
+        assert!(pace.is_due(false, start + SECOND));
+    }
+
+    #[test]
+    fn what_is_announced_is_looked_for_until_it_is_there() {
+        let mut pace = Pace::new(SECOND);
+        let now = Instant::now();
+        assert_eq!(millis(&mut pace, 5, now), 30_000);
+        pace.note(known(7), now);
+        let pauses: Vec<_> = (0..12).map(|_| millis(&mut pace, 6, now)).collect();
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000]);
+        assert_eq!(millis(&mut pace, 7, now), 30_000);
+        // One that never comes is given up.
+        pace.note(known(9), now);
+        assert_eq!(millis(&mut pace, 7, now), 1);
+        let late = now + PATIENCE + SECOND;
+        assert!(pace.is_due(true, late));
+        assert_eq!(millis(&mut pace, 7, late), 30_000);
+    }
+
+    #[test]
+    fn for_what_has_no_sequence_looks_get_rarer_up_to_the_interval() {
+        let mut pace = Pace::new(SECOND / 10);
+        let now = Instant::now();
+        pace.note(UNKNOWN, now);
+        let pauses: Vec<_> = (0..8).map(|_| millis(&mut pace, 6, now)).collect();
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 30_000]);
+        pace.note(UNKNOWN, now);
+        pace.note(known(3), now);
+        assert_eq!(millis(&mut pace, 6, now), 1, "the unknown one is left");
+    }
+
+    #[test]
+    fn a_push_that_does_not_tell_is_not_relied_on() {
+        let mut pace = Pace::new(SECOND);
+        let start = Instant::now();
+        millis(&mut pace, 5, start);
+        let poll = start + SAFETY_NET;
+        // Told a moment later: well.
+        assert!(pace.is_due(true, poll));
+        pace.found(Seq::new(6), true, poll);
+        assert_eq!(millis(&mut pace, 6, poll), 2_000);
+        pace.note(known(6), poll);
+        assert_eq!(millis(&mut pace, 6, poll), 30_000);
+        // Never told.
+        let poll = poll + SAFETY_NET;
+        assert!(pace.is_due(true, poll));
+        pace.found(Seq::new(7), true, poll);
+        assert_eq!(millis(&mut pace, 7, poll), 2_000);
+        assert!(!pace.distrusts());
+        millis(&mut pace, 7, poll + GRACE);
+        assert!(pace.distrusts());
+        assert_eq!(
+            pace.rest(Seq::new(7), true, poll + GRACE, EVEN).as_millis(),
+            0
+        );
+        pace.trust();
+        assert_eq!(millis(&mut pace, 7, poll + GRACE), 28_000);
     }
 }

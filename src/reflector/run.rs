@@ -6,18 +6,24 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::{error, info, warn};
 
-use super::pace::{Backoff, jitter, random};
-use super::sequence::{Head, continues, transaction_start, whole_transactions};
-use super::{CommitObserver, Settings, StopHandle};
-use crate::ldb::{ApplyError, Batch, LdbError, LdbWriter, Position, statement_digest};
-use crate::ledger::{Entry, Origin, OriginError, statement};
-use crate::model::Seq;
-use crate::status::{Problem, ProblemKind, StatusBoard};
+use super::obstacle::{Obstacle, failed};
+use super::pace::Pace;
+use super::sequence::{Head, ends, transaction_start, whole_transactions};
+use super::source::Source;
+use super::{CommitObserver, Settings, StopHandle, push};
+use crate::ldb::{ApplyError, Batch, LdbWriter, Position, statement_digest};
+use crate::ledger::push::PushState;
+use crate::ledger::{Entry, Origin};
+use crate::model::{LedgerTime, Seq};
+use crate::pace::{Backoff, jitter, random};
+use crate::status::{Delays, Problem, ProblemKind, StatusBoard};
 
 /// An unfinished ledger transaction is a problem when it is still so after this many looks.
 const PATIENCE: u32 = 3;
 /// With no more than so many entries to be applied, each ledger transaction is committed by itself.
 const LIVE_ENTRIES: usize = 64;
+/// The shortest pause after a failure, whoever wakes meanwhile.
+const AFTER_FAILURE: Duration = Duration::from_millis(100);
 /// How many gaps are looked at in one idle poll, and how many sequences they may span.
 const GAPS_AT_ONCE: u32 = 256;
 const GAP_SPAN: u64 = 1_000;
@@ -37,13 +43,9 @@ pub struct Reflector {
     /// Where the next look at the gaps begins.
     gap_cursor: Seq,
     caught_up: bool,
-}
-
-/// The origin, with what the board shows of it.
-struct Source {
-    origin: Box<dyn Origin>,
-    board: Arc<StatusBoard>,
-    asked_last: Option<Instant>,
+    /// Whether this look is one of those at the interval, which do more than looks in between.
+    due: bool,
+    delays: Delays,
 }
 
 /// What one step of the reflector came to.
@@ -59,48 +61,6 @@ enum Step {
     Waiting,
     /// It was told to stop.
     Stopped,
-}
-
-/// Why a step could not be done.
-#[derive(Debug)]
-struct Obstacle {
-    kind: ProblemKind,
-    seq: Option<Seq>,
-    statement: Option<String>,
-    reason: String,
-}
-
-impl Obstacle {
-    fn ledger(seq: Seq, reason: String) -> Self {
-        Obstacle {
-            kind: ProblemKind::Ledger,
-            seq: Some(seq),
-            statement: None,
-            reason,
-        }
-    }
-}
-
-impl From<OriginError> for Obstacle {
-    fn from(error: OriginError) -> Self {
-        Obstacle {
-            kind: ProblemKind::Origin,
-            seq: None,
-            statement: None,
-            reason: error.to_string(),
-        }
-    }
-}
-
-impl From<LdbError> for Obstacle {
-    fn from(error: LdbError) -> Self {
-        Obstacle {
-            kind: ProblemKind::Storage,
-            seq: None,
-            statement: None,
-            reason: error.to_string(),
-        }
-    }
 }
 
 impl Reflector {
@@ -123,11 +83,7 @@ impl Reflector {
             p.late = late;
         });
         Reflector {
-            source: Source {
-                origin,
-                board: Arc::clone(&board),
-                asked_last: None,
-            },
+            source: Source::new(origin, Arc::clone(&board)),
             writer,
             observer,
             board,
@@ -137,6 +93,8 @@ impl Reflector {
             unfinished: 0,
             gap_cursor: Seq::ZERO,
             caught_up: false,
+            due: true,
+            delays: Delays::default(),
         }
     }
 
@@ -153,25 +111,40 @@ impl Reflector {
             position = %self.writer.position().seq,
             "following the ledger"
         );
-        let mut backoff = Backoff::new(Duration::from_millis(100));
+        let mut pace = Pace::new(self.settings.poll_interval);
+        if let Some(heartbeat) = self.settings.push
+            && let Some(push) = self.source.origin.push(heartbeat)
+        {
+            push::start(push, stop, &self.board, self.settings.poll_interval);
+        }
+        let mut backoff = Backoff::new(AFTER_FAILURE);
         while !stop.is_stopped() {
-            let poll = self.settings.poll_interval;
-            let wait = match self.attempt(stop) {
+            let pushed = self.is_pushed(&mut pace);
+            pace.note(stop.take_wakes(), Instant::now());
+            self.due = pace.is_due(pushed, Instant::now());
+            match self.attempt(stop) {
                 // What was fetched may fail again: that is no reason to hurry.
-                Ok(Step::Fetched) => continue,
-                Ok(Step::Applied) => {
+                Ok(Step::Fetched) => pace.found(self.source.seen(), pushed, Instant::now()),
+                Ok(Step::Applied) => backoff.reset(),
+                Ok(step @ (Step::Idle | Step::Waiting)) => {
                     backoff.reset();
-                    continue;
-                }
-                Ok(Step::Idle | Step::Waiting) => {
-                    backoff.reset();
-                    poll
+                    // The end of a transaction is waited for with less patience.
+                    let pushed = pushed && step == Step::Idle;
+                    let seen = self.source.seen();
+                    let rest = pace.rest(seen, pushed, Instant::now(), random());
+                    self.note_distrust(&pace);
+                    stop.wait_timeout(rest);
                 }
                 Ok(Step::Stopped) => break,
-                Err(ProblemKind::Origin) => backoff.next(self.settings.max_backoff),
-                Err(_) => backoff.next(poll),
-            };
-            stop.wait_timeout(jitter(wait, random()));
+                Err(kind) => {
+                    let longest = match kind {
+                        ProblemKind::Origin => self.settings.max_backoff,
+                        _ => self.settings.poll_interval,
+                    };
+                    let pause = jitter(backoff.next(longest), random());
+                    wait_after(kind, pause, stop, &mut pace);
+                }
+            }
         }
         info!(position = %self.writer.position().seq, "stopped following the ledger");
     }
@@ -180,6 +153,7 @@ impl Reflector {
     /// any; what could be applied before it is.
     pub fn catch_up(&mut self, stop: &StopHandle) -> Result<(), Problem> {
         self.writer.stop_on(stop.flag());
+        self.due = true;
         while !stop.is_stopped() {
             match self.attempt(stop) {
                 Ok(Step::Fetched | Step::Applied) => {}
@@ -196,6 +170,35 @@ impl Reflector {
             }
         }
         Ok(())
+    }
+
+    /// Whether push is on.
+    fn is_pushed(&self, pace: &mut Pace) -> bool {
+        let pushed = self.board.push_state() == PushState::On;
+        if !pushed {
+            pace.trust();
+        }
+        pushed
+    }
+
+    /// Says, once, that push does not tell of everything.
+    fn note_distrust(&self, pace: &Pace) {
+        let reason = "an entry appeared that push did not tell of: the server that is followed may \
+                      not write what it replicates to its binlog (log_slave_updates), or the \
+                      writer turned it off (sql_log_bin)";
+        let mut new = false;
+        self.board.update(|p| {
+            if pace.distrusts() && p.push.state == PushState::On && p.push.reason.is_none() {
+                p.push.reason = Some(reason.into());
+                new = true;
+            }
+        });
+        if new {
+            warn!(
+                "polling every {} besides: {reason}",
+                humantime::format_duration(self.settings.poll_interval)
+            );
+        }
     }
 
     /// One step, with its outcome on the board and in the log.
@@ -255,7 +258,9 @@ impl Reflector {
                 } else if self.fetch()? > 0 {
                     return Ok(Step::Fetched);
                 }
-                self.unfinished = self.unfinished.saturating_add(1);
+                if self.due {
+                    self.unfinished = self.unfinished.saturating_add(1);
+                }
                 if self.unfinished > PATIENCE {
                     return Err(Obstacle::ledger(
                         begin,
@@ -273,7 +278,7 @@ impl Reflector {
             Some(last) => anchor(last),
             None => self.writer.position().clone(),
         };
-        let mut entries = self.source.fetch(&anchor)?;
+        let mut entries = self.source.fetch(&anchor, self.caught_up)?;
         let count = entries.len();
         let bytes: usize = entries.iter().map(|e| e.statement.len()).sum();
         self.queued_bytes = self.queued_bytes.saturating_add(bytes);
@@ -315,8 +320,8 @@ impl Reflector {
                 return Ok(Some((index, error)));
             }
         }
-        commit(batch, &mut *self.observer)?;
-        self.applied(count);
+        let visible = commit(batch, &mut *self.observer)?;
+        self.applied(count, visible);
         Ok(None)
     }
 
@@ -342,7 +347,7 @@ impl Reflector {
             if stop.is_stopped() {
                 return Ok(Step::Stopped);
             }
-            entries = self.source.fetch(&anchor)?;
+            entries = self.source.fetch(&anchor, self.caught_up)?;
             let Some(last) = entries.last() else {
                 return Ok(Step::Waiting);
             };
@@ -362,7 +367,9 @@ impl Reflector {
             applied += used;
             entries.drain(..used);
         }
-        commit(batch, &mut *self.observer)?;
+        let visible = commit(batch, &mut *self.observer)?;
+        let time = self.writer.position().time.unwrap_or(visible);
+        self.measure(&[time], visible);
         self.clear_queue();
         self.queued_bytes = entries.iter().map(|e| e.statement.len()).sum();
         self.queue = entries.into();
@@ -371,11 +378,31 @@ impl Reflector {
     }
 
     /// The first `count` entries of the queue are committed.
-    fn applied(&mut self, count: usize) {
+    fn applied(&mut self, count: usize, visible: LedgerTime) {
+        let times: Vec<LedgerTime> = ends(self.queue.iter().take(count))
+            .map(|entry| entry.time)
+            .collect();
+        self.measure(&times, visible);
         for entry in self.queue.drain(..count) {
             self.queued_bytes = self.queued_bytes.saturating_sub(entry.statement.len());
         }
         self.count_applied(count);
+    }
+
+    /// Transactions that were written at these times became visible: how long it took counts when
+    /// they came while everything before them was there already.
+    fn measure(&mut self, written: &[LedgerTime], visible: LedgerTime) {
+        if !self.caught_up {
+            return;
+        }
+        let Some(ahead) = self.source.origin.clock_ahead() else {
+            return;
+        };
+        for time in written {
+            self.delays.add(*time, ahead, visible);
+        }
+        let report = self.delays.report(ahead);
+        self.board.update(|p| p.delay = report);
     }
 
     fn count_applied(&self, count: usize) {
@@ -403,13 +430,15 @@ impl Reflector {
     /// The ledger has nothing behind the position.
     fn idle(&mut self) -> Result<(), Obstacle> {
         self.writer.set_ready()?;
-        self.look_for_late_entries()?;
+        if self.due {
+            self.look_for_late_entries()?;
+        }
         let now = SystemTime::now();
         let seq = self.writer.position().seq;
         self.board.update(|p| {
             p.caught_up = Some(now);
             p.ready = true;
-            p.origin_last = Some(seq);
+            p.saw_last(seq, now);
         });
         if !self.caught_up {
             self.caught_up = true;
@@ -509,48 +538,36 @@ impl Reflector {
     }
 }
 
-impl Source {
-    /// The entries behind `anchor`, which must be there still.
-    fn fetch(&mut self, anchor: &Position) -> Result<Vec<Entry>, Obstacle> {
-        let mut entries = self.origin.fetch(anchor.seq)?;
-        self.board
-            .update(|p| p.last_contact = Some(SystemTime::now()));
-        continues(anchor, &mut entries).map_err(|reason| Obstacle::ledger(anchor.seq, reason))?;
-        if let Some(last) = entries.last() {
-            self.note_last(last.seq)?;
+/// Waits after a failure: for all of `pause`, or less if what is announced may be what helps. New
+/// entries do not help against one that cannot be applied.
+fn wait_after(kind: ProblemKind, pause: Duration, stop: &StopHandle, pace: &mut Pace) {
+    let until = Instant::now() + pause;
+    stop.wait_stopped(pause.min(AFTER_FAILURE));
+    loop {
+        let wakes = stop.take_wakes();
+        pace.note(wakes, Instant::now());
+        let helps = match kind {
+            ProblemKind::Origin | ProblemKind::Ledger => wakes.known.is_some() || wakes.unknown,
+            ProblemKind::Statement | ProblemKind::Storage => wakes.unknown,
+        };
+        let left = until.saturating_duration_since(Instant::now());
+        if helps || left.is_zero() || stop.wait_timeout(left) {
+            return;
         }
-        Ok(entries)
-    }
-
-    /// Tells the board how far the origin is, now and then asking for it while catching up.
-    fn note_last(&mut self, seen: Seq) -> Result<(), Obstacle> {
-        let asked = self.asked_last.get_or_insert_with(|| {
-            // The first answer is due at once.
-            Instant::now()
-                .checked_sub(Duration::from_secs(5))
-                .unwrap_or_else(Instant::now)
-        });
-        let mut last = seen;
-        if asked.elapsed() >= Duration::from_secs(2) {
-            *asked = Instant::now();
-            last = self.origin.last_seq()?.unwrap_or(seen).max(seen);
-        }
-        self.board
-            .update(|p| p.origin_last = p.origin_last.max(Some(last)));
-        Ok(())
     }
 }
 
-/// Finishes and commits a batch, telling the observer.
-fn commit(mut batch: Batch<'_>, observer: &mut dyn CommitObserver) -> Result<(), Obstacle> {
+/// Finishes and commits a batch, telling the observer. Returns when it became visible.
+fn commit(mut batch: Batch<'_>, observer: &mut dyn CommitObserver) -> Result<LedgerTime, Obstacle> {
     let Some(changes) = batch.finish()? else {
-        return Ok(());
+        return Ok(SystemTime::now().into());
     };
     observer.before_commit(&changes);
     match batch.commit() {
         Ok(()) => {
+            let visible = SystemTime::now().into();
             observer.after_commit(&changes);
-            Ok(())
+            Ok(visible)
         }
         Err(e) => {
             observer.commit_failed(&changes);
@@ -564,22 +581,5 @@ fn anchor(entry: &Entry) -> Position {
         seq: entry.seq,
         digest: Some(statement_digest(&entry.statement)),
         time: Some(entry.time),
-    }
-}
-
-fn failed(entry: &Entry, error: ApplyError) -> Obstacle {
-    let (kind, statement) = match &error {
-        ApplyError::Ldb(_) | ApplyError::Stopped => (ProblemKind::Storage, None),
-        ApplyError::Order(_) => (ProblemKind::Ledger, None),
-        ApplyError::Statement(_) => (
-            ProblemKind::Statement,
-            Some(statement::head(&entry.statement)),
-        ),
-    };
-    Obstacle {
-        kind,
-        seq: Some(entry.seq),
-        statement,
-        reason: error.to_string(),
     }
 }

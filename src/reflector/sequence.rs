@@ -115,6 +115,21 @@ pub(super) fn transaction_start(entries: &VecDeque<Entry>, index: usize) -> usiz
     start
 }
 
+/// The last entry of each ledger transaction.
+pub(super) fn ends<'a>(
+    entries: impl Iterator<Item = &'a Entry>,
+) -> impl Iterator<Item = &'a Entry> {
+    let mut open = false;
+    entries.filter(move |entry| {
+        match entry.statement.trim() {
+            BEGIN_MARKER => open = true,
+            COMMIT_MARKER => open = false,
+            _ => {}
+        }
+        !open
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
