@@ -58,7 +58,7 @@ struct TableSql {
 
 /// A connection that reads an LDB.
 pub struct Reader {
-    connection: Connection,
+    pub(super) connection: Connection,
     sql: HashMap<TableRef, TableSql>,
 }
 
@@ -354,7 +354,7 @@ impl Reader {
     }
 
     /// Runs `read` in one read transaction and adds the position it saw.
-    fn snapshot<T>(
+    pub(super) fn snapshot<T>(
         &mut self,
         read: impl FnOnce(&Self) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<At<T>> {
@@ -373,7 +373,7 @@ impl Reader {
         })
     }
 
-    fn has_table(&self, name: &str) -> rusqlite::Result<bool> {
+    pub(super) fn has_table(&self, name: &str) -> rusqlite::Result<bool> {
         self.connection
             .prepare_cached("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1")?
             .exists([name])

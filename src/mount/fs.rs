@@ -3,9 +3,9 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::path::Path;
 use std::os::unix::ffi::OsStrExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -317,15 +317,7 @@ impl Filesystem for Fs {
     // What follows would change the tree. The mount itself is writable, so that the daemon can
     // announce changes through it; the tree is not.
 
-    fn mkdir(
-        &self,
-        _: &Request,
-        parent: INodeNo,
-        _: &OsStr,
-        _: u32,
-        _: u32,
-        reply: ReplyEntry,
-    ) {
+    fn mkdir(&self, _: &Request, parent: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
         self.answer(Operation::Other, parent, |_| reply.error(Errno::EROFS));
     }
 
