@@ -35,6 +35,8 @@ pub struct Daemon {
     pub log_level: String,
     /// After how long without contact or without catching up the tree counts as stale.
     pub stale_after: Duration,
+    /// How many bytes a table may have that is shown as one file.
+    pub export_max_size: u64,
     /// Whether the daemon stays with the command that started it.
     pub foreground: bool,
 }
@@ -63,6 +65,8 @@ pub const POLL_INTERVAL: &str = "1s";
 pub const CHECK_INTERVAL: &str = "250ms";
 /// Default of `--stale-after`.
 pub const STALE_AFTER: &str = "30s";
+/// Default of `--export-max-size`.
+pub const EXPORT_MAX_SIZE: &str = "64MiB";
 /// Default of `--log-level`.
 pub const LOG_LEVEL: &str = "info";
 
@@ -78,6 +82,12 @@ pub enum ConfigError {
     /// Longer than makes sense.
     #[error("a duration of more than a year is not possible; write it like 10ms, 1s or 5m")]
     LongDuration,
+    /// Not a size.
+    #[error("{0:?} is not a size; write it like 64KiB, 64MiB or 1GiB")]
+    Size(String),
+    /// A size out of bounds.
+    #[error("a size must be from 1B to 1TiB; write it like 64KiB, 64MiB or 1GiB")]
+    SizeBounds,
     /// A mount option that does not exist.
     #[error(
         "unknown mount option {0:?}; the options of -o are newline, ro, allow_other, no_allow_other"
@@ -113,6 +123,40 @@ pub fn duration(text: &str) -> Result<Duration, ConfigError> {
         return Err(ConfigError::LongDuration);
     }
     Ok(duration)
+}
+
+/// The largest size that makes sense, and fits wherever sizes are counted.
+const MAX_SIZE: u64 = 1 << 40;
+
+/// Reads a size such as `64KiB`, `64MiB` or `1GiB`: a whole number and a unit, of 1024 for `KiB`
+/// and so on, of 1000 for `kB` and so on; zero and more than 1 TiB are refused.
+pub fn size(text: &str) -> Result<u64, ConfigError> {
+    const UNITS: [(&str, u64); 10] = [
+        ("B", 1),
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("TiB", 1 << 40),
+        ("kB", 1_000),
+        ("KB", 1_000),
+        ("MB", 1_000_000),
+        ("GB", 1_000_000_000),
+        ("TB", 1_000_000_000_000),
+    ];
+    let wrong = || ConfigError::Size(text.to_owned());
+    let digits = text.trim_start_matches(|c: char| c.is_ascii_digit());
+    let (number, unit) = text.split_at(text.len() - digits.len());
+    let unit = unit.trim_start();
+    let (_, unit) = UNITS.iter().find(|(u, _)| *u == unit).ok_or_else(wrong)?;
+    if number.is_empty() {
+        return Err(wrong());
+    }
+    // More digits than fit are too many.
+    let number: u64 = number.parse().unwrap_or(u64::MAX);
+    match number.checked_mul(*unit) {
+        Some(size @ 1..=MAX_SIZE) => Ok(size),
+        _ => Err(ConfigError::SizeBounds),
+    }
 }
 
 /// The options of `-o`.
@@ -235,6 +279,28 @@ mod tests {
         }
         for default in [POLL_INTERVAL, CHECK_INTERVAL, STALE_AFTER] {
             assert!(duration(default).is_ok());
+        }
+    }
+
+    #[test]
+    fn sizes_read_as_people_write_them() {
+        assert_eq!(size("64MiB").unwrap(), 64 << 20);
+        assert_eq!(size("1 GiB").unwrap(), 1 << 30);
+        assert_eq!(size("5kB").unwrap(), 5_000);
+        assert_eq!(size("512B").unwrap(), 512);
+        assert_eq!(size(EXPORT_MAX_SIZE).unwrap(), 64 << 20);
+        for bad in [
+            "",
+            "64",
+            "MiB",
+            "-1MiB",
+            "0B",
+            "1.5GiB",
+            "1 parsec",
+            "2TiB",
+            "99999999999999999999B",
+        ] {
+            assert!(size(bad).is_err(), "{bad:?} was accepted");
         }
     }
 

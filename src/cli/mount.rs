@@ -60,7 +60,7 @@ Examples:
 
 A password in --origin is moved out of the process list at once. Without --state, the state is kept
 in /var/lib/ctlfs (root) or ~/.local/state/ctlfs (others), in a directory named after the mount
-point. Durations read 10ms, 1s, 5m.";
+point. Durations read 10ms, 1s, 5m; sizes 64MiB, 1GiB.";
 
 /// The settings that `mount` and `dev` share.
 #[derive(Args)]
@@ -88,6 +88,11 @@ pub(super) struct Common {
     #[arg(long, value_name = "DURATION", default_value = config::STALE_AFTER)]
     #[arg(value_parser = config::duration)]
     pub(super) stale_after: Duration,
+    /// Up to which size a table is shown as one file in .ctlfs/export; larger ones fail with
+    /// "File too large" (EFBIG).
+    #[arg(long, value_name = "SIZE", default_value = config::EXPORT_MAX_SIZE)]
+    #[arg(value_parser = config::size)]
+    pub(super) export_max_size: u64,
     /// What to log: error, warn, info, debug, trace, or a filter such as info,ctlfs::mount=debug.
     #[arg(long, value_name = "LEVEL", env = "CTLFS_LOG", default_value = config::LOG_LEVEL)]
     #[arg(value_parser = log_level)]
@@ -217,6 +222,7 @@ impl Common {
             log_file,
             log_level: self.log_level,
             stale_after: self.stale_after,
+            export_max_size: self.export_max_size,
             foreground,
         })
     }

@@ -128,6 +128,7 @@ pub(super) fn mount(
         state_dir: Some(config.state_dir.clone()),
         access: config.access.clone(),
         newline: config.options.newline,
+        export_max_size: config.export_max_size,
         allow_other,
         threads: config.threads,
         plain_open: config.options.plain_open,

@@ -289,13 +289,8 @@ impl Reader {
     /// tables too: a version of this file that was made earlier says the same of this table, with
     /// more history. An LDB without a journal has its position as the floor, and no lines.
     pub fn journal(&mut self, table: &Table) -> rusqlite::Result<At<Vec<u8>>> {
-        self.snapshot(|reader| {
+        self.snapshot(|reader, position| {
             let conn = &reader.connection;
-            let position = conn
-                .prepare_cached("SELECT seq FROM _ldb_seq WHERE id = 1")?
-                .query_row([], |row| row.get(0))
-                .optional()?;
-            let position = Seq::from_sql(position.unwrap_or(0));
             let kept = reader.has_table("_ctlfs_changes")? && is_current(conn, position)?;
             let floor = if kept { floor(conn)? } else { None };
             let mut bytes = format!("{{\"floor\":{}}}\n", floor.unwrap_or(position)).into_bytes();

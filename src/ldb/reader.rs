@@ -13,7 +13,7 @@ use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params_from_iter};
 
 use super::{LdbError, catalog};
-use crate::model::{Catalog, LedgerTime, Seq, Table, TableRef, Value};
+use crate::model::{Catalog, Field, LedgerTime, Seq, Table, TableRef, Value};
 use crate::sqlite::{Bound, value_of};
 
 /// How many prepared statements a reader keeps: a few for each of the tables in use.
@@ -86,12 +86,12 @@ impl Reader {
 
     /// The tables, with the LDB's position.
     pub fn catalog(&mut self) -> rusqlite::Result<At<Catalog>> {
-        self.snapshot(|reader| catalog::load(&reader.connection))
+        self.snapshot(|reader, _| catalog::load(&reader.connection))
     }
 
     /// The LDB's position.
     pub fn position(&mut self) -> rusqlite::Result<Seq> {
-        Ok(self.snapshot(|_| Ok(()))?.seq)
+        Ok(self.snapshot(|_, _| Ok(()))?.seq)
     }
 
     /// A number that changes whenever a table is created, altered or dropped.
@@ -108,7 +108,7 @@ impl Reader {
 
     /// When the set of tables last changed, and the LDB's position.
     pub fn schema_time(&mut self) -> rusqlite::Result<At<LedgerTime>> {
-        self.snapshot(|reader| {
+        self.snapshot(|reader, _| {
             let time = if reader.has_table("_ctlfs_state")? {
                 reader
                     .connection
@@ -127,21 +127,23 @@ impl Reader {
 
     /// The entry that last changed `table`.
     pub fn table_mark(&mut self, table: &Table) -> rusqlite::Result<At<Mark>> {
-        self.snapshot(|reader| {
-            if reader.has_table("_ctlfs_tables")? {
-                let mark = reader
-                    .connection
-                    .prepare_cached("SELECT seq, time FROM _ctlfs_tables WHERE name = ?1")?
-                    .query_row([table.name.sql_name()], |row| {
-                        Ok(mark(row.get(0)?, row.get(1)?))
-                    })
-                    .optional()?;
-                if let Some(mark) = mark {
-                    return Ok(mark);
-                }
+        self.snapshot(|reader, _| reader.mark_of(table))
+    }
+
+    fn mark_of(&self, table: &Table) -> rusqlite::Result<Mark> {
+        if self.has_table("_ctlfs_tables")? {
+            let mark = self
+                .connection
+                .prepare_cached("SELECT seq, time FROM _ctlfs_tables WHERE name = ?1")?
+                .query_row([table.name.sql_name()], |row| {
+                    Ok(mark(row.get(0)?, row.get(1)?))
+                })
+                .optional()?;
+            if let Some(mark) = mark {
+                return Ok(mark);
             }
-            reader.snapshot_mark()
-        })
+        }
+        self.snapshot_mark()
     }
 
     /// The row with exactly this key: the same values in the same storage classes.
@@ -224,7 +226,7 @@ impl Reader {
         after: Option<&Value>,
         limit: usize,
     ) -> rusqlite::Result<At<Vec<Value>>> {
-        self.snapshot(|reader| {
+        self.snapshot(|reader, _| {
             let mut keys: Vec<Value> = Vec::new();
             let mut after = after.cloned();
             // Each round is one range scan; a run of equal values ends it early and seeks on.
@@ -251,7 +253,7 @@ impl Reader {
         mut matches: impl FnMut(&Value) -> bool,
     ) -> rusqlite::Result<At<Option<Value>>> {
         let end = successor(start);
-        self.snapshot(|reader| {
+        self.snapshot(|reader, _| {
             for class in [Value::Text as fn(Vec<u8>) -> Value, Value::Blob] {
                 let mut found = None;
                 let mut take = |value: Value| {
@@ -353,10 +355,54 @@ impl Reader {
         Ok(false)
     }
 
-    /// Runs `read` in one read transaction and adds the position it saw.
+    /// Hands every row of `table` that has a path to `take`, in key order, until that says stop,
+    /// all from one snapshot. `begin` is told its position first and can refuse it. Returns the
+    /// table's last change at that position.
+    pub fn scan(
+        &mut self,
+        table: &Table,
+        begin: impl FnOnce(Seq) -> bool,
+        mut take: impl FnMut(&[Value]) -> bool,
+    ) -> rusqlite::Result<At<Mark>> {
+        let columns = |names: &mut dyn Iterator<Item = &Field>| {
+            let quoted = names.map(|f| format!("\"{}\"", f.name));
+            quoted.collect::<Vec<_>>()
+        };
+        let fields = columns(&mut table.schema.fields().iter());
+        let key = columns(&mut table.schema.key_fields());
+        let sql = format!(
+            "SELECT {} FROM {} WHERE {} IS NOT NULL ORDER BY {}",
+            fields.join(", "),
+            table.name.sql_name(),
+            key.join(" IS NOT NULL AND "),
+            key.join(", "),
+        );
+        self.snapshot(|reader, seq| {
+            let mark = reader.mark_of(table)?;
+            if !begin(seq) {
+                return Ok(mark);
+            }
+            let mut statement = reader.connection.prepare_cached(&sql)?;
+            let mut rows = statement.query([])?;
+            let mut values = Vec::with_capacity(fields.len());
+            while let Some(row) = rows.next()? {
+                values.clear();
+                for i in 0..fields.len() {
+                    values.push(value_of(row.get_ref(i)?));
+                }
+                if !take(&values) {
+                    break;
+                }
+            }
+            Ok(mark)
+        })
+    }
+
+    /// Runs `read` in one read transaction, tells it the position that it sees, and adds that to
+    /// the answer.
     pub(super) fn snapshot<T>(
         &mut self,
-        read: impl FnOnce(&Self) -> rusqlite::Result<T>,
+        read: impl FnOnce(&Self, Seq) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<At<T>> {
         let transaction = self.connection.unchecked_transaction()?;
         let seq = self
@@ -365,12 +411,10 @@ impl Reader {
             .query_row([], |row| row.get(0))
             .optional()?
             .unwrap_or(0);
-        let value = read(self)?;
+        let seq = Seq::from_sql(seq);
+        let value = read(self, seq)?;
         drop(transaction);
-        Ok(At {
-            seq: Seq::from_sql(seq),
-            value,
-        })
+        Ok(At { seq, value })
     }
 
     pub(super) fn has_table(&self, name: &str) -> rusqlite::Result<bool> {

@@ -18,6 +18,7 @@ use super::state::{ROOT, Slot, State, Version};
 use crate::model::{
     Catalog, ChangeSet, Extent, FieldSet, Key, RowKind, Seq, TableChange, TableRef,
 };
+use crate::tree::export::{Collection, ExportFile};
 use crate::tree::node::{Node, RowFile, TableFile};
 
 /// How much the commit under way changes of a place.
@@ -114,9 +115,9 @@ impl Transition {
 
     fn touch(&self, node: &Node) -> Touch {
         let Some(table) = node.table() else {
-            let has_families = matches!(node, Node::Root | Node::Family(_));
+            let has_families = matches!(node, Node::Root | Node::Collection(_));
             return match (&self.catalog, node) {
-                (Some(_), Node::Family(_)) => Touch::Entry,
+                (Some(_), Node::Family(_) | Node::CollectionFamily(..)) => Touch::Entry,
                 (Some(_), _) if has_families => Touch::Attributes,
                 _ => Touch::None,
             };
@@ -125,7 +126,7 @@ impl Transition {
             // Directories above rows carry the time of the last change of the set of tables.
             (None, Node::Dir(..)) if self.catalog.is_some() => Touch::Attributes,
             (None, _) => Touch::None,
-            (Some(Touched::Whole { .. }), _) => Touch::Entry,
+            (Some(Touched::Whole { .. }), _) | (_, Node::Export(..)) => Touch::Entry,
             (Some(Touched::Rows { .. }), Node::Table(_)) => Touch::Attributes,
             (Some(Touched::Rows { .. }), Node::TableFile(_, file)) => match file {
                 TableFile::Seq => Touch::Entry,
@@ -159,7 +160,7 @@ impl Transition {
             return true;
         }
         let Some(table) = node.table() else {
-            let Node::Family(family) = node else {
+            let (Node::Family(family) | Node::CollectionFamily(_, family)) = node else {
                 return false;
             };
             return self.catalog.as_ref().is_some_and(|c| !c.has_family(family));
@@ -211,8 +212,20 @@ impl State {
                 }
             }
             plan.attributes.extend(ino);
+            for collection in Collection::ALL {
+                let node = Node::CollectionFamily(collection, family.clone());
+                plan.attributes.extend(self.ino(&node));
+                if before.has_family(family) != after.has_family(family)
+                    && let Some(parent) = self.ino(&Node::Collection(collection))
+                {
+                    self.collect_node(&mut plan, parent, node);
+                }
+            }
         }
         plan.attributes.push(ROOT);
+        let collections = Collection::ALL.map(Node::Collection);
+        plan.attributes
+            .extend(collections.iter().filter_map(|node| self.ino(node)));
         // Directories above rows carry the time of the last change of the set of tables.
         let above_rows = |slot: &Slot| match &slot.node {
             Node::Dir(table, key) => before
@@ -243,12 +256,20 @@ impl State {
             {
                 plan.entries.push((parent, name));
             }
-            if !slot.node.is_dir() {
+            if !slot.node.is_dir() && !slot.node.is_lazy() {
                 plan.keep.push((ino, slot.node.clone()));
             }
             collected.push(ino);
         }
         plan.entries.extend(self.absent_in(of_table));
+        for file in ExportFile::ALL {
+            let node = Node::Export(Arc::new(table.clone()), file);
+            if let Some(parent) = self.ino(&node.parent())
+                && self.ino(&node).is_none()
+            {
+                self.collect_node(&mut plan, parent, node);
+            }
+        }
         if let Some(family) = self.ino(&Node::Family(table.family.clone())) {
             plan.entries
                 .push((family, table.table.as_str().as_bytes().to_vec()));
@@ -272,6 +293,12 @@ impl State {
                 directory,
                 Node::TableFile(Arc::clone(table), TableFile::Seq),
             );
+        }
+        for file in ExportFile::ALL {
+            let node = Node::Export(Arc::clone(table), file);
+            if let Some(parent) = self.ino(&node.parent()) {
+                self.collect_node(&mut plan, parent, node);
+            }
         }
         plan
     }
@@ -324,7 +351,8 @@ impl State {
                 plan.attributes.push(ino);
                 plan.entries.push((parent, name));
                 self.collected(ino);
-                if !node.is_dir() {
+                // What is made when it is asked for is kept from then on; before, there is nothing.
+                if !node.is_dir() && !node.is_lazy() {
                     plan.keep.push((ino, node));
                 }
             }
@@ -374,8 +402,9 @@ impl State {
             return Vec::new();
         };
         let inodes = transition.collected.into_iter().chain(transition.late);
+        let fixed = |slot: &&mut Slot| !slot.node.is_lazy();
         inodes
-            .filter_map(|ino| self.slot_mut(ino)?.version.take())
+            .filter_map(|ino| self.slot_mut(ino).filter(fixed)?.version.take())
             .collect()
     }
 

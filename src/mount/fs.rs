@@ -18,6 +18,7 @@ use fuser::{
 };
 
 use super::counters::{Operation, Requests};
+use super::export::Renderer;
 use super::server::{Attributes, Fault, Lookup, Server};
 use crate::ldb::LdbError;
 
@@ -31,16 +32,23 @@ const GENERATION: Generation = Generation(0);
 pub(super) struct Fs {
     server: Arc<Server>,
     requests: Arc<Requests>,
+    renderer: Renderer,
     /// Whether OPEN is answered with ENOSYS, after which the kernel opens files by itself.
     skip_open: bool,
 }
 
 impl Fs {
     /// `skip_open` asks for the fast path; it is given up where the kernel lacks it.
-    pub(super) fn new(server: Arc<Server>, requests: Arc<Requests>, skip_open: bool) -> Self {
+    pub(super) fn new(
+        server: Arc<Server>,
+        requests: Arc<Requests>,
+        renderer: Renderer,
+        skip_open: bool,
+    ) -> Self {
         Fs {
             server,
             requests,
+            renderer,
             skip_open,
         }
     }
@@ -62,6 +70,21 @@ impl Fs {
             );
         }
     }
+
+    /// The same for a request that may have to wait until the file it is about is made.
+    fn answer_rendered(
+        &self,
+        operation: Operation,
+        ino: INodeNo,
+        answer: impl FnOnce(&Server) + Send + 'static,
+    ) {
+        if self.server.awaits_rendering(ino.0) {
+            self.requests.count(operation);
+            self.renderer.submit(ino.0, Box::new(answer));
+        } else {
+            self.answer(operation, ino, answer);
+        }
+    }
 }
 
 /// The errno of a fault; logs the ones that a person has to know of.
@@ -71,7 +94,9 @@ fn errno(fault: &Fault) -> Errno {
         Fault::Stale => Errno::ESTALE,
         Fault::NoAttribute => Errno::NO_XATTR,
         Fault::NotADirectory => Errno::ENOTDIR,
+        Fault::TooLarge => Errno::EFBIG,
         // Logged where it was found; a reader that tries again must not fill the log.
+        Fault::Unrendered => Errno::EIO,
         Fault::Ldb(LdbError::Corrupt { .. } | LdbError::NotAnLdb { .. }) => Errno::EIO,
         Fault::Ldb(_) | Fault::Kept(_) | Fault::Restless => {
             tracing::error!(%fault, "cannot answer a reader");
@@ -175,7 +200,7 @@ impl Filesystem for Fs {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        self.answer(Operation::Getattr, ino, |server| {
+        self.answer_rendered(Operation::Getattr, ino, move |server| {
             match server.getattr(ino.0) {
                 Ok((attributes, ttl)) => reply.attr(&ttl, &file_attr(&attributes)),
                 Err(fault) => reply.error(errno(&fault)),
@@ -206,7 +231,7 @@ impl Filesystem for Fs {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.answer(Operation::Read, ino, |server| {
+        self.answer_rendered(Operation::Read, ino, move |server| {
             match server.read_file(ino.0, offset, size) {
                 Ok(bytes) => reply.data(&bytes),
                 Err(fault) => reply.error(errno(&fault)),

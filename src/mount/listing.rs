@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::dirs::{FixedEntry, OpenDir};
 use super::server::{Content, Fault, Inode, Server};
+use crate::tree::export::{Collection, ExportFile};
 use crate::tree::name;
 use crate::tree::node::{self, ControlFile, Node, TableFile};
 
@@ -139,6 +140,21 @@ impl Server {
                 let files = ControlFile::ALL.into_iter();
                 let files = files.filter(|f| *f != ControlFile::Ready || ready);
                 entries.extend(files.map(|f| fixed(f.name(), false)));
+                entries.extend(Collection::ALL.into_iter().map(|c| fixed(c.name(), true)));
+            }
+            Node::Collection(_) => {
+                let view = self.state().view();
+                entries.extend(view.catalog.families().map(|f| fixed(f.as_str(), true)));
+            }
+            Node::CollectionFamily(collection, family) => {
+                let view = self.state().view();
+                for table in view.catalog.tables_of(family) {
+                    let files = ExportFile::ALL.into_iter();
+                    let here = files.filter(|file| {
+                        file.collection() == *collection && file.suits(&table.schema)
+                    });
+                    entries.extend(here.map(|file| fixed(&file.name(&table.name.table), false)));
+                }
             }
             Node::Family(family) => {
                 let view = self.state().view();
@@ -160,7 +176,7 @@ impl Server {
                     entries.push(fixed(node::ROW_JSON, false));
                 }
             }
-            Node::ControlFile(_) | Node::TableFile(..) | Node::RowFile(..) => {
+            Node::ControlFile(_) | Node::Export(..) | Node::TableFile(..) | Node::RowFile(..) => {
                 return Err(Fault::NotADirectory);
             }
         }

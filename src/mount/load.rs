@@ -58,8 +58,12 @@ impl Server {
                 })));
             }
             Node::ControlFile(_) => return here(None),
-            Node::Family(family) if !view.catalog.has_family(family) => return here(None),
-            Node::Root | Node::Family(_) => {
+            Node::Family(family) | Node::CollectionFamily(_, family)
+                if !view.catalog.has_family(family) =>
+            {
+                return here(None);
+            }
+            Node::Root | Node::Family(_) | Node::Collection(_) | Node::CollectionFamily(..) => {
                 let time = self.read(Reader::schema_time)?;
                 let mark = Mark {
                     seq: time.seq,
@@ -70,6 +74,21 @@ impl Server {
                     value: Some(plain(mark)),
                 });
             }
+            Node::Export(name, file) => match view.catalog.get(name) {
+                Some(table) if file.suits(&table.schema) => {
+                    let mark = self.read(|reader| reader.table_mark(table))?;
+                    return Ok(At {
+                        seq: mark.seq,
+                        value: Some(Found {
+                            // Not known yet, and no more than that.
+                            size: self.export_max_size,
+                            mark: mark.value,
+                            content: Content::Lazy(view.epoch),
+                        }),
+                    });
+                }
+                _ => return here(None),
+            },
             Node::Table(name) | Node::TableFile(name, _) => {
                 let Some(table) = view.catalog.get(name) else {
                     return here(None);
@@ -214,6 +233,11 @@ impl Server {
 
     pub(super) fn fingerprint(&self, node: &Node, found: Option<&Found>) -> u64 {
         match found {
+            // Every commit that was found out may have changed it.
+            Some(Found {
+                content: Content::Lazy(epoch),
+                ..
+            }) if self.fingerprints => *epoch,
             Some(found) if !node.is_dir() && self.fingerprints => self
                 .bytes(node, found)
                 .map_or(0, |bytes| self.hasher.hash_one(bytes)),
@@ -249,11 +273,15 @@ impl Server {
     pub(super) fn access_of(&self, node: &Node) -> Access {
         match node {
             Node::Root => self.access.default_access(),
-            Node::Control | Node::ControlFile(_) => self.access.of_control(),
-            Node::Family(family) => self.access.of_family(family),
-            Node::Table(t) | Node::TableFile(t, _) | Node::Dir(t, _) | Node::RowFile(t, _, _) => {
-                self.access.of_table(t)
+            Node::Control | Node::ControlFile(_) | Node::Collection(_) => self.access.of_control(),
+            Node::Family(family) | Node::CollectionFamily(_, family) => {
+                self.access.of_family(family)
             }
+            Node::Export(t, _)
+            | Node::Table(t)
+            | Node::TableFile(t, _)
+            | Node::Dir(t, _)
+            | Node::RowFile(t, _, _) => self.access.of_table(t),
         }
     }
 

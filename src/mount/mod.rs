@@ -4,11 +4,14 @@
 //! only file that speaks FUSE's requests; [`server`] answers them from the LDB; [`state`] is what
 //! the kernel was told; [`flip`] and [`observer`] make a commit visible.
 
+mod answer;
 mod control;
 mod counters;
 mod dirs;
+mod export;
 mod flip;
 mod fs;
+mod inode;
 mod kept;
 mod listing;
 mod load;
@@ -29,6 +32,7 @@ use std::time::{Duration, SystemTime};
 use fuser::{BackgroundSession, Config, MountOption, Notifier, Session, SessionACL};
 
 use self::counters::Requests;
+use self::export::Renderer;
 use self::fs::Fs;
 use self::observer::Flipper;
 use self::server::{Server, ServerSettings};
@@ -55,6 +59,8 @@ pub struct Settings {
     pub access: AccessRules,
     /// Whether integer, decimal and string fields end with a newline.
     pub newline: bool,
+    /// How many bytes a table may have that is shown as one file.
+    pub export_max_size: u64,
     /// Whether users other than the one who mounts may enter.
     pub allow_other: bool,
     /// How many requests are served at once.
@@ -172,6 +178,7 @@ pub fn mount(
             spill: settings.state_dir,
             access: settings.access,
             newline: settings.newline,
+            export_max_size: settings.export_max_size,
             started: SystemTime::now(),
         },
         status,
@@ -202,7 +209,13 @@ pub fn mount(
         mountpoint: settings.mountpoint.clone(),
         source,
     };
-    let fs = Fs::new(Arc::clone(&server), requests, !settings.plain_open);
+    let renderer = Renderer::start(&server).map_err(refused)?;
+    let fs = Fs::new(
+        Arc::clone(&server),
+        requests,
+        renderer,
+        !settings.plain_open,
+    );
     let session = Session::new(fs, &settings.mountpoint, &config).map_err(refused)?;
     let session = session.spawn().map_err(refused)?;
     let watcher = match settings.source {

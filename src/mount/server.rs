@@ -14,16 +14,16 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+pub(super) use super::answer::{Attributes, Content, Fault, Found, Inode, Lookup};
 use super::dirs::OpenDirs;
 use super::flip::Touch;
-use super::kept::{Keeper, slice};
-use super::load::CachedRow;
+use super::kept::Keeper;
 use super::readers::Readers;
-use super::state::{Entered, LONG, Lifetimes, State, Version, View};
+use super::state::{Entered, Lifetimes, State, Version, View};
 use super::{MountCounters, StatusSource};
 use crate::ldb::LdbError;
-use crate::ldb::reader::{At, Mark, Reader};
-use crate::model::{LedgerTime, Seq, Table};
+use crate::ldb::reader::{At, Reader};
+use crate::model::LedgerTime;
 use crate::status::StatusBoard;
 use crate::tree::access::AccessRules;
 use crate::tree::name;
@@ -34,59 +34,7 @@ const ROW_CACHE: usize = 16 << 20;
 /// Superseded versions are kept in memory up to this many bytes, beyond it in a file.
 const KEPT_IN_MEMORY: u64 = 32 << 20;
 /// An answer is computed anew when a commit comes in between. So many in a row mean a defect.
-const MAX_TRIES: usize = 10_000;
-
-/// Why there is no answer.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Fault {
-    /// No such name.
-    #[error("no such entry")]
-    NotFound,
-    /// The inode is not known, or its content is gone.
-    #[error("stale inode")]
-    Stale,
-    /// No such extended attribute.
-    #[error("no such attribute")]
-    NoAttribute,
-    /// A listing of what is not a directory, or a read of what is not a file.
-    #[error("not a directory")]
-    NotADirectory,
-    /// The LDB could not be read.
-    #[error("cannot read the LDB: {0}")]
-    Ldb(#[from] LdbError),
-    /// Kept bytes could not be read back.
-    #[error("cannot read a superseded version: {0}")]
-    Kept(#[from] std::io::Error),
-    /// Commits came in between without end.
-    #[error("the tree changed too often to compute an answer")]
-    Restless,
-}
-
-/// The attributes of a file or directory.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Attributes {
-    pub(super) ino: u64,
-    pub(super) is_dir: bool,
-    pub(super) size: u64,
-    pub(super) time: LedgerTime,
-    pub(super) mode: u16,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) links: u32,
-}
-
-/// What a lookup found.
-#[derive(Debug)]
-pub(super) enum Lookup {
-    /// An entry.
-    Found {
-        attributes: Attributes,
-        entry_ttl: Duration,
-        attr_ttl: Duration,
-    },
-    /// Nothing, and for how long.
-    Absent(Duration),
-}
+pub(super) const MAX_TRIES: usize = 10_000;
 
 /// How to run a [`Server`].
 #[derive(Debug)]
@@ -96,6 +44,7 @@ pub(super) struct ServerSettings {
     pub(super) spill: Option<PathBuf>,
     pub(super) access: AccessRules,
     pub(super) newline: bool,
+    pub(super) export_max_size: u64,
     pub(super) started: SystemTime,
 }
 
@@ -106,6 +55,8 @@ pub(super) struct Server {
     pub(super) keeper: Arc<Keeper>,
     pub(super) access: AccessRules,
     pub(super) newline: bool,
+    /// How large a table may be that is shown as one file.
+    pub(super) export_max_size: u64,
     pub(super) started: LedgerTime,
     pub(super) hasher: RandomState,
     /// Why a foreign LDB cannot be followed at the moment, if so.
@@ -116,20 +67,6 @@ pub(super) struct Server {
     pub(super) next_directory: AtomicU64,
     pub(super) status: StatusSource,
     pub(super) board: Arc<StatusBoard>,
-}
-
-/// What there is to say of a place.
-pub(super) struct Found {
-    pub(super) size: u64,
-    pub(super) mark: Mark,
-    /// What the content is made from.
-    pub(super) content: Content,
-}
-
-pub(super) enum Content {
-    None,
-    Bytes(Vec<u8>),
-    Row(Arc<Table>, Arc<CachedRow>),
 }
 
 impl Server {
@@ -152,6 +89,7 @@ impl Server {
             keeper: Keeper::new(KEPT_IN_MEMORY, settings.spill),
             access: settings.access,
             newline: settings.newline,
+            export_max_size: settings.export_max_size,
             started: settings.started.into(),
             hasher: RandomState::new(),
             trouble: Mutex::default(),
@@ -230,13 +168,18 @@ impl Server {
                 continue;
             };
             return Ok(match (entered, found.value) {
-                (Registered::Entry(entered), Some(found)) => Lookup::Found {
-                    attributes: self.attributes(&node, entered.ino, &found, 1),
+                (Registered::Entry(entered, size), Some(found)) => Lookup::Found {
+                    attributes: Attributes {
+                        size: size.unwrap_or(found.size),
+                        ..self.attributes(&node, entered.ino, &found, 1)
+                    },
                     entry_ttl: entered.entry_ttl,
                     attr_ttl: entered.attr_ttl,
                 },
                 (Registered::Absent(ttl), _)
-                | (Registered::Entry(Entered { entry_ttl: ttl, .. }), None) => Lookup::Absent(ttl),
+                | (Registered::Entry(Entered { entry_ttl: ttl, .. }, _), None) => {
+                    Lookup::Absent(ttl)
+                }
             });
         }
         Err(Fault::Restless)
@@ -267,7 +210,8 @@ impl Server {
             };
             // A file that is about to change keeps its bytes from the moment it is handed out:
             // after the commit they could not be had any more.
-            let about_to_change = !node.is_dir() && state.touch(&node) == Touch::Entry;
+            let about_to_change =
+                !node.is_dir() && !node.is_lazy() && state.touch(&node) == Touch::Entry;
             if about_to_change && version.is_none() {
                 drop(state);
                 let bytes = self.bytes(&node, found).unwrap_or_default();
@@ -277,7 +221,17 @@ impl Server {
                 }));
                 continue;
             }
-            let entered = state.enter(node, fingerprint);
+            let lazy = node.is_lazy();
+            let mut entered = state.enter(node, fingerprint);
+            let mut size = None;
+            if lazy {
+                let slot = state.slot(entered.ino);
+                let version = slot.and_then(|slot| slot.version.as_ref());
+                size = version.and_then(|v| v.bytes.as_ref()).map(|b| b.len());
+                if size.is_none() {
+                    entered.attr_ttl = Duration::ZERO;
+                }
+            }
             if about_to_change && let Some(slot) = state.slot_mut(entered.ino) {
                 slot.version.get_or_insert_with(|| {
                     version.unwrap_or_else(|| {
@@ -288,7 +242,7 @@ impl Server {
                     })
                 });
             }
-            return Some(Registered::Entry(entered));
+            return Some(Registered::Entry(entered, size));
         }
     }
 
@@ -304,87 +258,6 @@ impl Server {
         let forgotten = self.state().forget(ino, count);
         // Kept bytes go with it, perhaps from a file: not under the lock.
         drop(forgotten);
-    }
-
-    /// The attributes of an inode, and how long they hold.
-    pub(super) fn getattr(&self, ino: u64) -> Result<(Attributes, Duration), Fault> {
-        match self.inspect(ino)? {
-            Inode::Present {
-                node,
-                found,
-                fingerprint,
-                attr_ttl,
-            } => {
-                let Some(found) = found else {
-                    if !node.is_dir() {
-                        return Err(Fault::Stale);
-                    }
-                    // A row that went with its whole table and may come back: until then its
-                    // directory, if a process is in it, is one that has been removed.
-                    let time = self.started;
-                    let seq = Seq::ZERO;
-                    let found = Found {
-                        size: 0,
-                        mark: Mark { seq, time },
-                        content: Content::None,
-                    };
-                    return Ok((self.attributes(&node, ino, &found, 0), Duration::ZERO));
-                };
-                // The size of another version would end a read of this one too soon.
-                if fingerprint != self.fingerprint(&node, Some(&found)) {
-                    return Err(Fault::Stale);
-                }
-                Ok((self.attributes(&node, ino, &found, 1), attr_ttl))
-            }
-            Inode::Fixed {
-                node,
-                version,
-                detached,
-            } => {
-                if version.bytes.is_none() && !node.is_dir() {
-                    return Err(Fault::Stale);
-                }
-                let found = Found {
-                    size: version.bytes.as_ref().map_or(0, |b| b.len()),
-                    mark: version.mark,
-                    content: Content::None,
-                };
-                // Until the commit, a version whose bytes are kept already still has its name.
-                let ttl = match node {
-                    _ if detached => LONG,
-                    Node::ControlFile(_) => LONG,
-                    _ => Duration::ZERO,
-                };
-                let links = u32::from(!detached);
-                Ok((self.attributes(&node, ino, &found, links), ttl))
-            }
-        }
-    }
-
-    /// Up to `size` bytes of a file from `offset`.
-    pub(super) fn read_file(&self, ino: u64, offset: u64, size: u32) -> Result<Vec<u8>, Fault> {
-        match self.inspect(ino)? {
-            Inode::Fixed { node, version, .. } => {
-                if let Node::ControlFile(file) = node {
-                    self.control_was_read(file, ino);
-                }
-                let bytes = version.bytes.as_ref().ok_or(Fault::Stale)?;
-                Ok(bytes.read(offset, size)?)
-            }
-            Inode::Present {
-                node,
-                found,
-                fingerprint,
-                ..
-            } => {
-                let found = found.ok_or(Fault::Stale)?;
-                if fingerprint != self.fingerprint(&node, Some(&found)) {
-                    return Err(Fault::Stale);
-                }
-                let bytes = self.bytes(&node, &found).ok_or(Fault::Stale)?;
-                Ok(slice(&bytes, offset, size).to_vec())
-            }
-        }
     }
 
     /// Why a foreign LDB cannot be followed at the moment, if so.
@@ -450,92 +323,10 @@ impl Server {
             Ok(())
         }
     }
-
-    /// What an inode stands for now.
-    pub(super) fn inspect(&self, ino: u64) -> Result<Inode, Fault> {
-        for _ in 0..MAX_TRIES {
-            let (node, view, version, detached) = {
-                let state = self.state();
-                let slot = state.slot(ino).ok_or(Fault::Stale)?;
-                (
-                    slot.node.clone(),
-                    state.view(),
-                    slot.version.clone(),
-                    slot.detached,
-                )
-            };
-            if let Some(version) = version {
-                return Ok(Inode::Fixed {
-                    node,
-                    version,
-                    detached,
-                });
-            }
-            if detached {
-                // A directory that is gone, or a version whose bytes nobody kept.
-                let version = Arc::new(Version {
-                    bytes: None,
-                    mark: Mark {
-                        seq: Seq::ZERO,
-                        time: self.started,
-                    },
-                });
-                return Ok(Inode::Fixed {
-                    node,
-                    version,
-                    detached,
-                });
-            }
-            let loaded = self.load(&view, &node);
-            let Some(loaded) = self.checked(&view, loaded)? else {
-                continue;
-            };
-            let mut state = self.state();
-            if !state.settle(&view, loaded.seq) {
-                drop(state);
-                self.catch_up()?;
-                continue;
-            }
-            let Some(slot) = state.slot(ino) else {
-                return Err(Fault::Stale);
-            };
-            if slot.version.is_some() || slot.detached {
-                continue;
-            }
-            let attr_ttl = match state.touch(&node) {
-                Touch::None => state.lifetime(),
-                Touch::Attributes | Touch::Entry => Duration::ZERO,
-            };
-            let fingerprint = slot.fingerprint;
-            return Ok(Inode::Present {
-                node,
-                found: loaded.value,
-                fingerprint,
-                attr_ttl,
-            });
-        }
-        Err(Fault::Restless)
-    }
-}
-
-/// What an inode stands for.
-pub(super) enum Inode {
-    /// A place of the tree as it is now; `found` is `None` if it does not exist (any more).
-    Present {
-        node: Node,
-        found: Option<Found>,
-        fingerprint: u64,
-        attr_ttl: Duration,
-    },
-    /// A content that no longer follows the tree, and whether its place has moved on already.
-    Fixed {
-        node: Node,
-        version: Arc<Version>,
-        detached: bool,
-    },
 }
 
 enum Registered {
-    Entry(Entered),
+    /// With the size, where that is known only of this inode.
+    Entry(Entered, Option<u64>),
     Absent(Duration),
 }

@@ -51,6 +51,8 @@ pub(super) struct Slot {
     pub(super) version: Option<Arc<Version>>,
     /// Whether the place has moved on to another inode, or is gone.
     pub(super) detached: bool,
+    /// Whether it was found to be larger than what is shown as one file.
+    pub(super) too_large: bool,
     /// A fingerprint of the content, where changes come without a warning.
     pub(super) fingerprint: u64,
 }
@@ -243,6 +245,7 @@ impl State {
             lookups: 0,
             version: Some(version),
             detached: false,
+            too_large: false,
             fingerprint: 0,
         });
         slot.lookups += 1;
@@ -368,6 +371,7 @@ impl State {
                 lookups: 0,
                 version: None,
                 detached: false,
+                too_large: false,
                 fingerprint,
             },
         );

@@ -97,6 +97,7 @@ fn serve(ldb: &Path) -> Server {
         spill: None,
         access: AccessRules::open(0, 0),
         newline: false,
+        export_max_size: 1 << 20,
         started: SystemTime::now(),
     };
     Server::new(settings, Box::new(|_| Vec::new()), Arc::default()).unwrap()

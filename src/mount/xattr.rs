@@ -62,6 +62,6 @@ impl Server {
 fn has_seq(node: &Node) -> bool {
     matches!(
         node,
-        Node::Table(_) | Node::TableFile(..) | Node::Dir(..) | Node::RowFile(..)
+        Node::Export(..) | Node::Table(_) | Node::TableFile(..) | Node::Dir(..) | Node::RowFile(..)
     )
 }

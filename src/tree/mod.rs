@@ -5,6 +5,7 @@
 //! no IO. `tests/architecture.rs` holds it to that.
 
 pub mod access;
+pub mod export;
 pub mod name;
 pub mod node;
 pub mod render;

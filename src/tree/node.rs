@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::export::{Collection, ExportFile};
 use super::name::{self, Decoded};
 use crate::model::{Catalog, FamilyName, FieldType, Table, TableRef, Value};
 
@@ -28,6 +29,12 @@ pub enum Node {
     Control,
     /// A file in it.
     ControlFile(ControlFile),
+    /// A directory in it in which tables are files.
+    Collection(Collection),
+    /// A family in such a directory.
+    CollectionFamily(Collection, FamilyName),
+    /// A table as a file.
+    Export(Arc<TableRef>, ExportFile),
     /// A family.
     Family(FamilyName),
     /// A table.
@@ -107,18 +114,39 @@ impl Node {
     /// Whether this is a directory.
     pub fn is_dir(&self) -> bool {
         match self {
-            Node::Root | Node::Control | Node::Family(_) | Node::Table(_) | Node::Dir(..) => true,
-            Node::ControlFile(_) | Node::TableFile(..) | Node::RowFile(..) => false,
+            Node::Root
+            | Node::Control
+            | Node::Collection(_)
+            | Node::CollectionFamily(..)
+            | Node::Family(_)
+            | Node::Table(_)
+            | Node::Dir(..) => true,
+            Node::ControlFile(_) | Node::Export(..) | Node::TableFile(..) | Node::RowFile(..) => {
+                false
+            }
         }
+    }
+
+    /// Whether this is a file whose content is made when it is first asked for, and not before:
+    /// making it takes long.
+    pub fn is_lazy(&self) -> bool {
+        matches!(self, Node::Export(..))
     }
 
     /// The table that this is, or is part of.
     pub fn table(&self) -> Option<&Arc<TableRef>> {
         match self {
-            Node::Root | Node::Control | Node::ControlFile(_) | Node::Family(_) => None,
-            Node::Table(t) | Node::TableFile(t, _) | Node::Dir(t, _) | Node::RowFile(t, _, _) => {
-                Some(t)
-            }
+            Node::Root
+            | Node::Control
+            | Node::ControlFile(_)
+            | Node::Collection(_)
+            | Node::CollectionFamily(..)
+            | Node::Family(_) => None,
+            Node::Export(t, _)
+            | Node::Table(t)
+            | Node::TableFile(t, _)
+            | Node::Dir(t, _)
+            | Node::RowFile(t, _, _) => Some(t),
         }
     }
 
@@ -126,7 +154,9 @@ impl Node {
     pub fn parent(&self) -> Node {
         match self {
             Node::Root | Node::Control | Node::Family(_) => Node::Root,
-            Node::ControlFile(_) => Node::Control,
+            Node::ControlFile(_) | Node::Collection(_) => Node::Control,
+            Node::CollectionFamily(collection, _) => Node::Collection(*collection),
+            Node::Export(t, file) => Node::CollectionFamily(file.collection(), t.family.clone()),
             Node::Table(t) => Node::Family(t.family.clone()),
             Node::TableFile(t, _) => Node::Table(Arc::clone(t)),
             Node::Dir(t, key) => match key.split_last() {
@@ -144,7 +174,9 @@ impl Node {
             Node::Root => return None,
             Node::Control => CONTROL_DIR,
             Node::ControlFile(file) => file.name(),
-            Node::Family(family) => family.as_str(),
+            Node::Collection(collection) => collection.name(),
+            Node::Export(t, file) => return Some(file.name(&t.table).into_bytes()),
+            Node::Family(family) | Node::CollectionFamily(_, family) => family.as_str(),
             Node::Table(t) => t.table.as_str(),
             Node::TableFile(_, file) => file.name(),
             Node::RowFile(_, _, RowFile::Json) => ROW_JSON,
@@ -198,15 +230,19 @@ pub fn step(catalog: &Catalog, parent: &Node, name: &[u8]) -> Step {
     };
     let found = match parent {
         Node::Root if text == CONTROL_DIR => Some(Node::Control),
-        Node::Root => catalog
-            .families()
-            .find(|f| f.as_str() == text)
-            .cloned()
-            .map(Node::Family),
-        Node::Control => ControlFile::ALL
-            .into_iter()
-            .find(|f| f.name() == text)
-            .map(Node::ControlFile),
+        Node::Root => family(catalog, text).map(Node::Family),
+        Node::Control => {
+            let file = ControlFile::ALL.into_iter().find(|f| f.name() == text);
+            let collection = Collection::ALL.into_iter().find(|c| c.name() == text);
+            let file = file.map(Node::ControlFile);
+            file.or_else(|| collection.map(Node::Collection))
+        }
+        Node::Collection(collection) => {
+            family(catalog, text).map(|family| Node::CollectionFamily(*collection, family))
+        }
+        Node::CollectionFamily(collection, family) => {
+            export_step(catalog, *collection, family, text)
+        }
         Node::Family(family) => catalog
             .tables_of(family)
             .find(|t| t.name.table.as_str() == text)
@@ -229,9 +265,30 @@ pub fn step(catalog: &Catalog, parent: &Node, name: &[u8]) -> Step {
             }
             _ => return key_step(catalog, t, key, name),
         },
-        Node::ControlFile(_) | Node::TableFile(..) | Node::RowFile(..) => None,
+        Node::ControlFile(_) | Node::Export(..) | Node::TableFile(..) | Node::RowFile(..) => None,
     };
     found.map_or(Step::Nothing, Step::Node)
+}
+
+fn family(catalog: &Catalog, name: &str) -> Option<FamilyName> {
+    catalog.families().find(|f| f.as_str() == name).cloned()
+}
+
+fn export_step(
+    catalog: &Catalog,
+    collection: Collection,
+    family: &FamilyName,
+    text: &str,
+) -> Option<Node> {
+    let (table, _) = text.rsplit_once('.')?;
+    let mut tables = catalog.tables_of(family);
+    let table = tables.find(|t| t.name.table.as_str() == table)?;
+    let file = ExportFile::ALL.into_iter().find(|file| {
+        file.collection() == collection
+            && file.suits(&table.schema)
+            && file.name(&table.name.table) == text
+    })?;
+    Some(Node::Export(Arc::new(table.name.clone()), file))
 }
 
 fn key_step(catalog: &Catalog, name: &Arc<TableRef>, prefix: &[Value], text: &[u8]) -> Step {

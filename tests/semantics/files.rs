@@ -137,7 +137,10 @@ fn control_files_show_the_daemon() {
         (&1.into(), &1.into())
     );
     assert_eq!(tree.read(".ctlfs/ready"), b"");
-    assert_eq!(names(tree.path(".ctlfs")), ["status.json", "seq", "ready"]);
+    assert_eq!(
+        names(tree.path(".ctlfs")),
+        ["status.json", "seq", "ready", "export", "changes"]
+    );
     // One open, one state: byte by byte, while the state goes on.
     let file = fs::File::open(tree.path(".ctlfs/status.json")).unwrap();
     let size = file.metadata().unwrap().len();
