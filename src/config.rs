@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use crate::changelog;
 use crate::ledger::OriginUrl;
 use crate::tree::access::AccessRules;
 
@@ -37,6 +38,8 @@ pub struct Daemon {
     pub stale_after: Duration,
     /// How many bytes a table may have that is shown as one file.
     pub export_max_size: u64,
+    /// The change log, if there is to be one.
+    pub changelog: Option<changelog::Settings>,
     /// Whether the daemon stays with the command that started it.
     pub foreground: bool,
 }
@@ -67,6 +70,8 @@ pub const CHECK_INTERVAL: &str = "250ms";
 pub const STALE_AFTER: &str = "30s";
 /// Default of `--export-max-size`.
 pub const EXPORT_MAX_SIZE: &str = "64MiB";
+/// Default of `--changelog-size`.
+pub const CHANGELOG_SIZE: &str = "1MiB";
 /// Default of `--log-level`.
 pub const LOG_LEVEL: &str = "info";
 
@@ -289,6 +294,7 @@ mod tests {
         assert_eq!(size("5kB").unwrap(), 5_000);
         assert_eq!(size("512B").unwrap(), 512);
         assert_eq!(size(EXPORT_MAX_SIZE).unwrap(), 64 << 20);
+        assert_eq!(size(CHANGELOG_SIZE).unwrap(), 1 << 20);
         for bad in [
             "",
             "64",

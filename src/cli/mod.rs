@@ -10,6 +10,7 @@ pub mod put;
 pub mod secret;
 pub mod status;
 pub mod unmount;
+pub mod watch;
 
 use std::ffi::OsString;
 use std::fmt;
@@ -78,6 +79,7 @@ Examples:
   ctlfs apply --origin mysql://user@db:3306/ctldb --password-file pw -f config.yaml
   ctlfs mount --origin mysql://user@db:3306/ctldb --password-file pw /ctl
   ctlfs status /ctl
+  ctlfs watch /ctl/app                     tell of changes as they happen
 
 'ctlfs COMMAND --help' explains a command. A wrong call exits with 2, any other failure with 1.";
 
@@ -91,6 +93,7 @@ enum Command {
     Mount(mount::MountArgs),
     Unmount(unmount::UnmountArgs),
     Status(status::StatusArgs),
+    Watch(watch::WatchArgs),
 }
 
 /// Runs the command that the process was called with.
@@ -118,6 +121,7 @@ pub fn main() -> ExitCode {
         Command::Mount(args) => mount::run(args),
         Command::Unmount(args) => unmount::run(args),
         Command::Status(args) => status::run(args),
+        Command::Watch(args) => watch::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -306,4 +306,16 @@ impl Reader {
             Ok(bytes)
         })
     }
+
+    /// The tables, as the database calls them, of which the journal tells something behind `from`,
+    /// whether they are still there or not.
+    pub fn journaled_tables(&mut self, from: Seq) -> rusqlite::Result<Vec<String>> {
+        if !self.has_table("_ctlfs_changes")? {
+            return Ok(Vec::new());
+        }
+        self.connection
+            .prepare_cached("SELECT DISTINCT name FROM _ctlfs_changes WHERE last > ?1")?
+            .query_map([from.to_sql()], |row| row.get(0))?
+            .collect()
+    }
 }

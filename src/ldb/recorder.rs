@@ -16,6 +16,10 @@ use crate::model::{LedgerTime, Seq, Table, TableRef};
 /// The journal keeps no more transactions than this, and no more bytes.
 pub(super) const MAX_TRANSACTIONS: usize = 4_096;
 pub(super) const MAX_BYTES: usize = 16 << 20;
+/// Whoever follows misses something when one commit has more than that. Then there is no use in
+/// filling the journal, which would slow down the replay of a long ledger: this much is kept.
+pub(super) const REST_TRANSACTIONS: usize = 256;
+const REST_BYTES: usize = 1 << 20;
 /// Of a transaction that changes more rows of a table than this only their number is kept.
 pub(super) const MAX_ROWS: usize = 1_000;
 /// Long values of one transaction are kept up to so many bytes in all; what does not fit is kept
@@ -107,7 +111,7 @@ pub(super) struct Recorder {
     done: VecDeque<Transaction>,
     bytes: usize,
     open: Option<Transaction>,
-    /// The last transaction that was let go because newer ones fill the journal.
+    /// The last transaction that was let go, if there were more than the journal keeps.
     forgotten: Option<Seq>,
     /// Buffers to use again.
     spare: Vec<Vec<u8>>,
@@ -140,7 +144,14 @@ impl Recorder {
         transaction.time = time;
         self.bytes = self.bytes.saturating_add(transaction.size());
         self.done.push_back(transaction);
-        while self.done.len() > MAX_TRANSACTIONS || self.bytes > MAX_BYTES {
+        let full = self.done.len() > MAX_TRANSACTIONS || self.bytes > MAX_BYTES;
+        if !full && self.forgotten.is_none() {
+            return;
+        }
+        while self.done.len() > REST_TRANSACTIONS || self.bytes > REST_BYTES {
+            if self.done.len() == 1 {
+                break;
+            }
             let Some(oldest) = self.done.pop_front() else {
                 break;
             };

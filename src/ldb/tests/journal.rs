@@ -6,7 +6,7 @@ use serde_json::{Value as Json, json};
 
 use super::*;
 use crate::ldb::reader::Reader;
-use crate::ldb::recorder::{MAX_BYTES, MAX_ROWS, MAX_TRANSACTIONS};
+use crate::ldb::recorder::{MAX_BYTES, MAX_ROWS, MAX_TRANSACTIONS, REST_TRANSACTIONS};
 
 const BLOBS: &str = r#"CREATE TABLE app___blobs ("k" BLOB(255), "n" INTEGER, "d" REAL, "b" BLOB, "t" TEXT, PRIMARY KEY("k","n"));"#;
 
@@ -240,29 +240,37 @@ fn rows_without_a_key_of_their_own_are_counted() {
 fn the_journal_is_bounded_and_complete_from_its_floor_on() {
     let mut fixture = Fixture::with(&[LIMITS, FLAGS]);
     let row = |i: usize| format!(r#"REPLACE INTO app___limits ("id","n") VALUES({i},{i})"#);
-    // Two batches that are larger than the journal, then single transactions.
-    for _ in 0..2 {
-        let statements: Vec<String> = (0..MAX_TRANSACTIONS + 100).map(row).collect();
-        let statements: Vec<&str> = statements.iter().map(String::as_str).collect();
-        fixture.apply(&["DELETE FROM app___limits"]).unwrap();
-        fixture.apply(&statements).unwrap();
-        for i in 0..300 {
-            fixture.apply(&[&row(100_000 + i)]).unwrap();
-            fixture
-                .apply(&["DELETE FROM app___limits WHERE \"id\" > 99999"])
-                .unwrap();
-        }
+    let check = |fixture: &mut Fixture, least: usize, most: usize| {
         let (floor, lines) = fixture.journal("app/limits");
-        let kept = u64::try_from(lines.len()).unwrap();
-        assert!(lines.len() <= MAX_TRANSACTIONS);
-        assert!(lines.len() > MAX_TRANSACTIONS - 600, "{kept}");
+        assert!((least..=most).contains(&lines.len()), "{}", lines.len());
         // Every entry was a transaction with an effect.
         assert_eq!(lines[0]["seq"], floor + 1);
+        let kept = u64::try_from(lines.len()).unwrap();
         assert_eq!(floor + kept, fixture.writer.position().seq.get());
         // Opened anew it goes on the same way.
         fixture.writer = LdbWriter::open(&fixture.path()).unwrap();
         assert_eq!(fixture.journal("app/limits").0, floor);
+    };
+    let mut next = 0;
+    let mut batch = |fixture: &mut Fixture, count: usize| {
+        let statements: Vec<String> = (next..next + count).map(row).collect();
+        let statements: Vec<&str> = statements.iter().map(String::as_str).collect();
+        fixture.apply(&statements).unwrap();
+        next += count;
+    };
+    batch(&mut fixture, MAX_TRANSACTIONS - 10);
+    for _ in 0..300 {
+        batch(&mut fixture, 1);
     }
+    // Whole segments go.
+    check(&mut fixture, MAX_TRANSACTIONS - 300, MAX_TRANSACTIONS);
+    batch(&mut fixture, MAX_TRANSACTIONS);
+    check(&mut fixture, MAX_TRANSACTIONS, MAX_TRANSACTIONS);
+    // More than the journal takes in one commit.
+    batch(&mut fixture, MAX_TRANSACTIONS + 1);
+    check(&mut fixture, REST_TRANSACTIONS, REST_TRANSACTIONS);
+    batch(&mut fixture, 5);
+    check(&mut fixture, REST_TRANSACTIONS + 5, REST_TRANSACTIONS + 5);
     assert_eq!(fixture.lines("app/flags"), [Json::Null; 0]);
 }
 
