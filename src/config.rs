@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
+use crate::changelog;
 use crate::ledger::OriginUrl;
 use crate::tree::access::AccessRules;
 
@@ -45,6 +46,8 @@ pub struct Daemon {
     pub pin_max_age: Duration,
     /// How many bytes of the LDB's log pins may hold back.
     pub pin_max_space: u64,
+    /// The change log, if there is to be one.
+    pub changelog: Option<changelog::Settings>,
     /// Whether the daemon stays with the command that started it.
     pub foreground: bool,
 }
@@ -79,6 +82,8 @@ pub const EXPORT_MAX_SIZE: &str = "64MiB";
 pub const PIN_MAX_AGE: &str = "10m";
 /// Default of `--pin-max-space`.
 pub const PIN_MAX_SPACE: &str = "1GiB";
+/// Default of `--changelog-size`.
+pub const CHANGELOG_SIZE: &str = "1MiB";
 /// Default of `--log-level`.
 pub const LOG_LEVEL: &str = "info";
 
@@ -302,6 +307,7 @@ mod tests {
         assert_eq!(size("512B").unwrap(), 512);
         assert_eq!(size(EXPORT_MAX_SIZE).unwrap(), 64 << 20);
         assert_eq!(size(PIN_MAX_SPACE).unwrap(), 1 << 30);
+        assert_eq!(size(CHANGELOG_SIZE).unwrap(), 1 << 20);
         for bad in [
             "",
             "64",

@@ -10,6 +10,7 @@
 //! | [`ledger`] | origins: reading entries; the text of statements | the LDB, the mount |
 //! | [`executive`] | writing to an origin, in ctlstore's protocol | the LDB, the mount |
 //! | [`ldb`] | the LDB: its SQL, capture of changes, reading | the ledger's databases, the mount |
+//! | [`changelog`] | a file of changed rows, in ctlstore's format | SQL, the mount |
 //! | [`reflector`] | the order in which entries reach the LDB | SQL, the mount |
 //! | [`tree`] | names of keys, bytes of values, places, access | any IO |
 //! | [`mount`] | the FUSE session and the kernel's caches | the ledger |
@@ -18,6 +19,7 @@
 
 #![warn(missing_docs)]
 
+pub mod changelog;
 pub mod cli;
 pub mod config;
 pub mod daemon;

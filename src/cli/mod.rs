@@ -11,6 +11,7 @@ pub mod secret;
 pub mod status;
 pub mod unmount;
 pub mod wait;
+pub mod watch;
 pub mod with_snapshot;
 
 use std::ffi::OsString;
@@ -80,6 +81,7 @@ Examples:
   ctlfs apply --origin mysql://user@db:3306/ctldb --password-file pw -f config.yaml
   ctlfs mount --origin mysql://user@db:3306/ctldb --password-file pw /ctl
   ctlfs status /ctl
+  ctlfs watch /ctl/app                     tell of changes as they happen
 
 'ctlfs COMMAND --help' explains a command. A wrong call exits with 2, any other failure with 1.";
 
@@ -95,6 +97,7 @@ enum Command {
     Status(status::StatusArgs),
     Wait(wait::WaitArgs),
     WithSnapshot(with_snapshot::WithSnapshotArgs),
+    Watch(watch::WatchArgs),
 }
 
 /// Runs the command that the process was called with.
@@ -124,6 +127,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run(args),
         Command::Wait(args) => wait::run(args),
         Command::WithSnapshot(args) => with_snapshot::run(args),
+        Command::Watch(args) => watch::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

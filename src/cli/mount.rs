@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum, ValueHint};
 
 use super::{Error, secret};
+use crate::changelog;
 use crate::config::{self, Follow, Options};
 use crate::daemon::{self, Fork, Outcome, Reporter};
 use crate::ledger::OriginUrl;
@@ -116,6 +117,13 @@ pub(super) struct Common {
     #[arg(long, value_name = "SIZE", default_value = config::PIN_MAX_SPACE)]
     #[arg(value_parser = config::size)]
     pub(super) pin_max_space: u64,
+    /// Write a line for each changed row to this file, in the form of ctlstore's change log.
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub(super) changelog: Option<PathBuf>,
+    /// Begin a new change log before it passes this size; the one before it stays as PATH.1.
+    #[arg(long, value_name = "SIZE", default_value = config::CHANGELOG_SIZE)]
+    #[arg(value_parser = config::size)]
+    pub(super) changelog_size: u64,
     /// What to log: error, warn, info, debug, trace, or a filter such as info,ctlfs::mount=debug.
     #[arg(long, value_name = "LEVEL", env = "CTLFS_LOG", default_value = config::LOG_LEVEL)]
     #[arg(value_parser = log_level)]
@@ -243,6 +251,19 @@ impl Common {
             None => config::default_state_dir(&mountpoint, daemon::is_root()),
         }
         .map_err(Error::failed)?;
+        let changelog = match (self.changelog, &follow) {
+            (Some(_), Follow::Ldb { .. }) => {
+                return Err(Error::usage(
+                    "--changelog goes with --origin: what another process changes in an LDB is \
+                     not known row by row",
+                ));
+            }
+            (Some(path), Follow::Origin { .. }) => Some(changelog::Settings {
+                path: config::absolute(&path).map_err(Error::usage)?,
+                max_size: self.changelog_size,
+            }),
+            (None, _) => None,
+        };
         Ok(config::Daemon {
             mountpoint,
             follow,
@@ -259,6 +280,7 @@ impl Common {
             export_max_size: self.export_max_size,
             pin_max_age: self.pin_max_age,
             pin_max_space: self.pin_max_space,
+            changelog,
             foreground,
         })
     }

@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::changelog::{ChangeLog, ChangeLogError};
 use crate::config::{self, Follow};
 use crate::ledger::{Origin, OriginError};
 use crate::model::Seq;
@@ -32,11 +33,11 @@ pub(crate) use deadline::wait_until;
 pub use lock::LockError;
 pub(crate) use lock::create as create_private;
 pub(crate) use log::is_level;
-pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, resolve};
+pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, read as mounts, resolve};
 pub use mountpoint::MountpointError;
 pub(crate) use mountpoint::{daemon_identity, detach, is_root, is_stale, read_status};
 pub(crate) use process::Process;
-pub(crate) use signals::{block as block_signals, broken_pipe_kills};
+pub(crate) use signals::{block as block_signals, broken_pipe_kills, exit_now};
 pub(crate) use wiring::{access_rules, prepare_embedded};
 
 /// How long a start with config at hand waits for a word from the origin before it returns.
@@ -78,6 +79,9 @@ pub enum Error {
         /// What the system said.
         reason: io::Error,
     },
+    /// The change log.
+    #[error(transparent)]
+    ChangeLog(ChangeLogError),
     /// A thread or the signals.
     #[error("cannot start the daemon: {0}")]
     System(#[from] io::Error),
@@ -206,6 +210,7 @@ enum Feed {
     Reflected {
         ldb: Box<wiring::Ldb>,
         origin: Box<dyn Origin>,
+        changelog: Option<Box<ChangeLog>>,
         poll_interval: Duration,
     },
     Foreign(PathBuf),
@@ -233,9 +238,11 @@ impl Feed {
                         reporter.warn(&format!("the ledger of {} is empty", origin.describe()));
                     }
                 }
+                let changelog = wiring::open_changelog(config, state)?.map(Box::new);
                 Ok(Feed::Reflected {
                     ldb,
                     origin,
+                    changelog,
                     poll_interval: *poll_interval,
                 })
             }
@@ -307,18 +314,24 @@ impl Live {
         if let Feed::Reflected {
             ldb,
             origin,
+            changelog,
             poll_interval,
         } = feed
         {
             live.start = start_of(&ldb);
             let events = events.clone();
-            // Several times before the tree would count as stale.
-            let push = config.push.then_some(config.stale_after / 4);
-            let ended = move || {
-                let _ = events.send(Event::ReflectorEnded);
-            };
-            let running =
-                wiring::reflect(origin, *ldb, &mounted, board, (poll_interval, push), ended)?;
+            let running = wiring::reflect(
+                origin,
+                *ldb,
+                &mounted,
+                changelog.map(|c| *c),
+                board,
+                // Several times before the tree would count as stale.
+                (poll_interval, config.push.then_some(config.stale_after / 4)),
+                move || {
+                    let _ = events.send(Event::ReflectorEnded);
+                },
+            )?;
             live.reflector = Some(running);
         }
         let events = events.clone();

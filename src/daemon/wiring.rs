@@ -8,15 +8,16 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use crate::changelog::{self, ChangeLog};
 use crate::ldb::{self, LdbError, LdbWriter};
 use crate::mount::{self, MountCounters, MountError, PinLimits, Source};
-use crate::reflector::{Reflector, Settings, StopHandle};
+use crate::reflector::{CommitObserver, Reflector, Settings, StopHandle};
 
 use super::{Error, users};
 use crate::config::{self, Follow};
 use crate::executive::{self, Document, Executive};
 use crate::ledger::{self, Origin, OriginError, OriginUrl};
-use crate::model::Seq;
+use crate::model::{ChangeSet, Seq};
 use crate::status::{Counters, StatusBoard};
 use crate::tree::access::{AccessError, AccessRules, Principal};
 
@@ -164,6 +165,44 @@ pub(super) fn mount(
     })
 }
 
+/// Opens the change log, if there is to be one.
+pub(super) fn open_changelog(
+    config: &config::Daemon,
+    state: &Path,
+) -> Result<Option<ChangeLog>, Error> {
+    let open = |settings| ChangeLog::open(settings, state);
+    config
+        .changelog
+        .as_ref()
+        .map(open)
+        .transpose()
+        .map_err(Error::ChangeLog)
+}
+
+/// The mount and the change log, as one. The change log comes last: what it does takes nobody's
+/// time between the steps of a flip.
+struct Both {
+    mount: Box<dyn CommitObserver>,
+    changelog: changelog::Observer,
+}
+
+impl CommitObserver for Both {
+    fn before_commit(&mut self, changes: &ChangeSet) {
+        self.changelog.before_commit(changes);
+        self.mount.before_commit(changes);
+    }
+
+    fn after_commit(&mut self, changes: &ChangeSet) {
+        self.mount.after_commit(changes);
+        self.changelog.after_commit(changes);
+    }
+
+    fn commit_failed(&mut self, changes: &ChangeSet) {
+        self.mount.commit_failed(changes);
+        self.changelog.commit_failed(changes);
+    }
+}
+
 /// The running reflector.
 pub(super) struct Running {
     stop: StopHandle,
@@ -175,6 +214,7 @@ pub(super) fn reflect(
     origin: Box<dyn Origin>,
     mut ldb: Ldb,
     mounted: &Mounted,
+    changelog: Option<ChangeLog>,
     board: &Arc<StatusBoard>,
     (poll_interval, push): (Duration, Option<Duration>),
     ended: impl FnOnce() + Send + 'static,
@@ -184,8 +224,16 @@ pub(super) fn reflect(
         push,
         ..Settings::default()
     };
-    let observer = mounted.observer();
     ldb.writer.respect(mounted.wal_holds());
+    let mut observer = mounted.observer();
+    if let Some(changelog) = changelog {
+        let catalog = Arc::clone(ldb.writer.catalog());
+        let changelog = changelog.start(&ldb.path, catalog, ldb.seq)?;
+        observer = Box::new(Both {
+            mount: observer,
+            changelog,
+        });
+    }
     let mut reflector = Reflector::new(origin, ldb.writer, observer, Arc::clone(board), settings);
     let stop = StopHandle::new();
     let handle = stop.clone();

@@ -10,14 +10,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::fallible_iterator::FallibleIterator;
-use rusqlite::{Connection, ErrorCode, params_from_iter};
+use rusqlite::{Connection, params_from_iter};
 
 use super::authorizer::{Notes, Reshape, may_read};
 use super::capture::Outcome;
 use super::overflow::{Fate, Stamp};
+use super::recorder::TableEvent;
 use super::reshape::{self, Shape};
+use super::verdict::{judge, refused};
 use super::writer::{LdbWriter, Position, set_state, statement_digest};
-use super::{LdbError, canonical, dirs, message_of, rows_table, sidecar};
+use super::{LdbError, canonical, dirs, rows_table, sidecar};
 use crate::ledger::{BEGIN_MARKER, COMMIT_MARKER, Entry};
 use crate::model::{Catalog, ChangeSet, Extent, LedgerTime, Seq, TableChange, TableRef};
 
@@ -134,6 +136,7 @@ impl<'w> Batch<'w> {
                     )));
                 }
                 self.open = Some(entry.seq);
+                self.writer.capture.begin_transaction(entry.seq);
             }
             COMMIT_MARKER => {
                 if self.open.take().is_none() {
@@ -145,6 +148,9 @@ impl<'w> Batch<'w> {
                 }
             }
             _ => self.execute(entry)?,
+        }
+        if self.open.is_none() {
+            self.writer.capture.end_transaction(entry.seq, entry.time);
         }
         // Before the first entry of all there is nothing to miss.
         if last != Seq::ZERO && entry.seq > last.next() {
@@ -176,6 +182,10 @@ impl<'w> Batch<'w> {
         };
         self.writer.guard.leave();
         result?;
+        if let Some(table) = cleared(&entry.statement) {
+            let capture = &self.writer.capture;
+            capture.table_event(entry.seq, &table, TableEvent::Cleared);
+        }
         for over in self.writer.capture.take_overflow() {
             write_fates(&self.writer.conn, &over.table.name.sql_name(), over.fates)
                 .map_err(|e| self.ldb_error(&e))?;
@@ -235,7 +245,21 @@ impl<'w> Batch<'w> {
                     .map_err(ApplyError::Statement)?;
                 let catalog =
                     super::catalog::load_warning_of(&writer.conn, |t| changed.contains(t));
-                writer.catalog = Arc::new(catalog.map_err(|e| own(&e))?);
+                let before =
+                    mem::replace(&mut writer.catalog, Arc::new(catalog.map_err(|e| own(&e))?));
+                for table in &changed {
+                    let now = (
+                        before.get(table).is_some(),
+                        writer.catalog.get(table).is_some(),
+                    );
+                    let event = match now {
+                        (false, false) => continue,
+                        (false, true) => TableEvent::Created,
+                        (true, true) => TableEvent::Altered,
+                        (true, false) => TableEvent::Dropped,
+                    };
+                    writer.capture.table_event(stamp.seq, table, event);
+                }
                 self.whole.extend(changed.into_iter().map(|t| (t, stamp)));
                 guard.enter(limit);
             }
@@ -257,11 +281,13 @@ impl<'w> Batch<'w> {
         let tables = self.write_changes().map_err(|e| self.ldb_error(&e))?;
         let gaps = mem::take(&mut self.gaps);
         let reshaped = self.writer.catalog != self.catalog_before;
-        let write = || -> rusqlite::Result<()> {
+        let mut write = || -> rusqlite::Result<()> {
             if reshaped {
                 set_state(&self.writer.conn, "schema_time", time.micros())?;
             }
-            self.writer.store_position(&position, &gaps)
+            self.writer.store_position(&position, &gaps)?;
+            let recorded = self.writer.capture.take_recorded();
+            self.writer.journal.write(&self.writer.conn, recorded, seq)
         };
         write().map_err(|e| self.ldb_error(&e))?;
         self.finished = Some(position);
@@ -342,6 +368,7 @@ impl<'w> Batch<'w> {
         self.writer.in_batch = false;
         self.writer.position = position;
         self.writer.capture.reset();
+        self.writer.journal.committed();
         self.catalog_before = Arc::clone(&self.writer.catalog);
         self.writer.bound_wal();
         Ok(())
@@ -411,6 +438,7 @@ impl LdbWriter {
     /// so nothing counts as captured from here on.
     fn take_back(&mut self) -> rusqlite::Result<()> {
         self.capture.reset();
+        self.journal.rolled_back();
         let _ = self.guard.take_notes();
         if !self.conn.is_autocommit() {
             self.conn.execute_batch("ROLLBACK")?;
@@ -451,6 +479,12 @@ impl LdbWriter {
             let _ = self.conn.busy_timeout(Duration::from_secs(5));
         }
     }
+}
+
+/// The table that a statement clears, as ctlstore writes it: `DELETE FROM family___table`.
+fn cleared(statement: &str) -> Option<TableRef> {
+    let name = statement.trim().strip_prefix("DELETE FROM ")?;
+    TableRef::from_sql_name(name.trim_end_matches(';').trim())
 }
 
 /// Writes what becomes of the last-change records of one table.
@@ -504,87 +538,4 @@ fn write_table(conn: &Connection, table: &TableRef, last: Stamp) -> rusqlite::Re
     )?
     .execute((table.sql_name(), last.seq.to_sql(), last.time.micros()))?;
     Ok(())
-}
-
-fn refused(what: &str) -> ApplyError {
-    ApplyError::Statement(format!(
-        "it would {what}; ledger statements may only change rows and shapes of config tables"
-    ))
-}
-
-/// What an error of a ledger statement means.
-fn judge(
-    error: &rusqlite::Error,
-    guard: &super::authorizer::Guard,
-    path: &std::path::Path,
-    limit: Duration,
-) -> ApplyError {
-    if let Some(what) = guard.take_notes().refused {
-        return refused(&what);
-    }
-    match error.sqlite_error_code() {
-        Some(ErrorCode::OperationInterrupted) if guard.is_stopped() => ApplyError::Stopped,
-        Some(ErrorCode::OperationInterrupted) => ApplyError::Statement(format!(
-            "it did not end within {}",
-            humantime::format_duration(limit)
-        )),
-        Some(
-            ErrorCode::DiskFull
-            | ErrorCode::SystemIoFailure
-            | ErrorCode::CannotOpen
-            | ErrorCode::NotADatabase
-            | ErrorCode::DatabaseCorrupt
-            | ErrorCode::DatabaseBusy
-            | ErrorCode::DatabaseLocked
-            | ErrorCode::OutOfMemory
-            | ErrorCode::ReadOnly,
-        ) => ApplyError::Ldb(LdbError::from_sqlite(path, "write", error)),
-        _ => ApplyError::Statement(redact(error)),
-    }
-}
-
-/// SQLite's message if it holds names only; others may hold pieces of the statement, or values.
-fn redact(error: &rusqlite::Error) -> String {
-    const SAFE: [&str; 14] = [
-        "no such table: ",
-        "no such function: ",
-        "table ",
-        "UNIQUE constraint failed: ",
-        "NOT NULL constraint failed: ",
-        "CHECK constraint failed: ",
-        "duplicate column name: ",
-        "cannot ",
-        "Cannot ",
-        "datatype mismatch",
-        "string or blob too big",
-        "too many ",
-        "error in table ",
-        "all VALUES must have the same number of terms",
-    ];
-    let message = message_of(error);
-    let counts = message.ends_with(" columns") && message.contains(" values for ");
-    if counts || SAFE.iter().any(|start| message.starts_with(start)) {
-        return message;
-    }
-    let at = match error {
-        rusqlite::Error::SqlInputError { offset, .. } if *offset >= 0 => {
-            format!(" at byte {offset} of the statement")
-        }
-        _ => String::new(),
-    };
-    let known = [
-        ("near ", "a syntax error"),
-        ("unrecognized token", "a syntax error"),
-        ("no such column", "no such column"),
-        ("incomplete input", "the statement is incomplete"),
-    ];
-    let kind = known.iter().find(|(start, _)| message.starts_with(start));
-    match (kind, error.sqlite_error()) {
-        (Some((_, kind)), _) => format!("{kind}{at}"),
-        (None, Some(code)) => format!(
-            "SQLite refuses it{at} (error {}); its message may hold values and is not shown",
-            code.extended_code
-        ),
-        (None, None) => format!("it cannot be run{at}"),
-    }
 }

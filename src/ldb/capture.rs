@@ -13,7 +13,8 @@ use rusqlite::functions::{Context, FunctionFlags};
 
 use super::image::{difference, present, push_key, push_value, unpack_key};
 use super::overflow::{Fate, Fates, Overflow, Stamp};
-use crate::model::{RowChange, RowKind, Table};
+use super::recorder::{Recorded, Recorder, TableEvent};
+use crate::model::{LedgerTime, RowChange, RowKind, Seq, Table, TableRef};
 
 /// More changed rows than this in one table and batch are not kept one by one.
 pub(super) const MAX_ROWS: usize = 100_000;
@@ -38,6 +39,7 @@ pub(super) struct Capture {
 struct State {
     now: Option<Stamp>,
     tables: Vec<TableCapture>,
+    recorder: Recorder,
     max_rows: usize,
     key: Vec<u8>,
     image: Vec<u8>,
@@ -191,9 +193,31 @@ impl Capture {
 
     /// Forgets everything: the batch is over or rolled back.
     pub(super) fn reset(&self) {
-        for table in &mut self.lock().tables {
+        let mut state = self.lock();
+        for table in &mut state.tables {
             table.detail = Detail::default();
         }
+        state.recorder.reset();
+    }
+
+    /// A ledger transaction of several entries begins with this one.
+    pub(super) fn begin_transaction(&self, seq: Seq) {
+        self.lock().recorder.begin(seq);
+    }
+
+    /// A ledger transaction, of several entries or a single one, ends with this one.
+    pub(super) fn end_transaction(&self, seq: Seq, time: LedgerTime) {
+        self.lock().recorder.end(seq, time);
+    }
+
+    /// The entry `seq` did something to a table as a whole.
+    pub(super) fn table_event(&self, seq: Seq, table: &TableRef, event: TableEvent) {
+        self.lock().recorder.event(seq, table, event);
+    }
+
+    /// What the batch leaves to the journal, and forgets it.
+    pub(super) fn take_recorded(&self) -> Recorded {
+        self.lock().recorder.take()
     }
 
     /// The net effect on every table that was touched, and forgets it. A table of which only
@@ -271,6 +295,9 @@ impl State {
         }
         // SQLite lets keys be NULL, and then several rows can have the same.
         let overflow = table.wide || null_key;
+        let values = (!overflow).then_some((ctx, 3));
+        self.recorder
+            .row(now.seq, &table.table, op == INSERTED, &self.key, values);
         table.detail.row(
             op,
             rowid,

@@ -2,7 +2,8 @@
 //!
 //! An image holds, for each field, a value of up to [`INLINE`] bytes as it is and the SHA-256 of a
 //! longer one, so that equal images mean equal rows and a row's image stays small. Keys are packed
-//! in full, because they must come back out.
+//! in full, because they must come back out. The journal's images hold long values in full as far
+//! as there is room.
 
 use rusqlite::types::ValueRef;
 use sha2::{Digest, Sha256};
@@ -19,6 +20,10 @@ const TEXT: u8 = 3;
 const BLOB: u8 = 4;
 const LONG_TEXT: u8 = 5;
 const LONG_BLOB: u8 = 6;
+const FULL_TEXT: u8 = 7;
+const FULL_BLOB: u8 = 8;
+const CUT_TEXT: u8 = 9;
+const CUT_BLOB: u8 = 10;
 
 /// Appends the picture of one value.
 pub(super) fn push_value(image: &mut Vec<u8>, value: ValueRef<'_>) {
@@ -47,13 +52,75 @@ pub(super) fn push_value(image: &mut Vec<u8>, value: ValueRef<'_>) {
     }
 }
 
+/// Appends one value in full, or, if it is long and there is no `room`, its length and hash.
+pub(super) fn push_full(image: &mut Vec<u8>, value: ValueRef<'_>, room: &mut usize) {
+    let (full, cut, bytes) = match value {
+        ValueRef::Text(bytes) if bytes.len() > INLINE => (FULL_TEXT, CUT_TEXT, bytes),
+        ValueRef::Blob(bytes) if bytes.len() > INLINE => (FULL_BLOB, CUT_BLOB, bytes),
+        short => return push_value(image, short),
+    };
+    let left = room.checked_sub(bytes.len());
+    image.push(if left.is_some() { full } else { cut });
+    image.extend_from_slice(&bytes.len().to_le_bytes());
+    match left {
+        Some(left) => {
+            *room = left;
+            image.extend_from_slice(bytes);
+        }
+        None => image.extend_from_slice(&Sha256::digest(bytes)),
+    }
+}
+
+/// A value as a journal's image holds it.
+pub(super) enum Held {
+    /// All of it.
+    Value(Value),
+    /// Its length only.
+    Omitted(u64),
+}
+
+/// What the picture of one value holds; `None` for one that is not of a journal.
+pub(super) fn held(field: &[u8]) -> Option<Held> {
+    let (tag, rest) = field.split_first()?;
+    let word = || -> Option<[u8; 8]> { rest.get(..8)?.try_into().ok() };
+    Some(Held::Value(match *tag {
+        NULL => Value::Null,
+        INTEGER => Value::Integer(i64::from_le_bytes(word()?)),
+        REAL => Value::Real(f64::from_bits(u64::from_le_bytes(word()?))),
+        TEXT => Value::Text(rest.get(1..)?.to_vec()),
+        BLOB => Value::Blob(rest.get(1..)?.to_vec()),
+        FULL_TEXT => Value::Text(rest.get(8..)?.to_vec()),
+        FULL_BLOB => Value::Blob(rest.get(8..)?.to_vec()),
+        CUT_TEXT | CUT_BLOB => return Some(Held::Omitted(u64::from_le_bytes(word()?))),
+        _ => return None,
+    }))
+}
+
+/// Whether the pictures of two values are of the same value.
+pub(super) fn same(a: &[u8], b: &[u8]) -> bool {
+    // One of them may have been kept in full and the other not.
+    let hashed = |full: &[u8], cut: &[u8]| {
+        matches!(
+            (full.first(), cut.first()),
+            (Some(&FULL_TEXT), Some(&CUT_TEXT)) | (Some(&FULL_BLOB), Some(&CUT_BLOB))
+        ) && full.get(1..9) == cut.get(1..9)
+            && full.get(9..).map(Sha256::digest).as_deref() == cut.get(9..)
+    };
+    a == b || hashed(a, b) || hashed(b, a)
+}
+
 /// The pictures of an image's values, in order.
-fn fields(mut image: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub(super) fn fields(mut image: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let length = match image.first()? {
             &INTEGER | &REAL => 9,
             &TEXT | &BLOB => 2 + usize::from(*image.get(1)?),
             &LONG_TEXT | &LONG_BLOB => 33,
+            &FULL_TEXT | &FULL_BLOB => {
+                let length: [u8; 8] = image.get(1..9)?.try_into().ok()?;
+                usize::from_le_bytes(length).checked_add(9)?
+            }
+            &CUT_TEXT | &CUT_BLOB => 41,
             _ => 1,
         };
         let (field, rest) = image.split_at_checked(length)?;

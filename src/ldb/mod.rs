@@ -5,11 +5,12 @@
 //!
 //! | table | holds |
 //! | --- | --- |
-//! | `_ctlfs_state(name, value)` | `format`, `schema_time`, `last_digest`, `last_digest_seq`, `snapshot_seq`, `snapshot_time`, `ready` |
+//! | `_ctlfs_state(name, value)` | `format`, `schema_time`, `last_digest`, `last_digest_seq`, `snapshot_seq`, `snapshot_time`, `ready`, `changes_floor`, `changes_to` |
 //! | `_ctlfs_tables(name, seq, time)` | the last entry that changed each config table |
 //! | `_ctlfs_rows___<table>(id, seq, time)` | the entry that last changed each row, by `_rowid_` |
 //! | `_ctlfs_gaps(first, last)` | sequences passed over that may still appear late |
 //! | `_ctlfs_late(seq)` | entries that appeared behind the position |
+//! | `_ctlfs_changes(id, name, last, transactions, body)` | the journal: what the last transactions changed |
 
 mod authorizer;
 mod batch;
@@ -21,9 +22,11 @@ mod image;
 mod journal;
 mod overflow;
 pub mod reader;
+mod recorder;
 mod reshape;
 #[cfg(test)]
 mod tests;
+mod verdict;
 pub mod wal;
 mod writer;
 

@@ -11,6 +11,7 @@ use crate::model::{ChangeSet, LedgerTime, Seq};
 mod canonical;
 mod capture;
 mod guard;
+mod journal;
 mod open;
 mod rollback;
 

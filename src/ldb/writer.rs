@@ -17,6 +17,7 @@ use sha2::{Digest as _, Sha256};
 use super::authorizer::Guard;
 use super::batch::Batch;
 use super::capture::Capture;
+use super::journal::Journal;
 use super::wal::WalHolds;
 use super::{Contents, FORMAT, LdbError, catalog, check_header, identify, rows_table};
 use crate::model::{Catalog, LedgerTime, Seq};
@@ -54,6 +55,7 @@ pub struct LdbWriter {
     pub(super) path: PathBuf,
     pub(super) guard: Guard,
     pub(super) capture: Capture,
+    pub(super) journal: Journal,
     pub(super) catalog: Arc<Catalog>,
     pub(super) position: Position,
     pub(super) statement_limit: Duration,
@@ -76,7 +78,8 @@ impl LdbWriter {
         conn.busy_timeout(Duration::from_secs(5)).map_err(sqlite)?;
         let contents = identify(&conn, path)?;
         configure(&conn).map_err(sqlite)?;
-        let (position, catalog) = take_over(&mut conn, contents, modified).map_err(sqlite)?;
+        let (position, catalog, journal) =
+            take_over(&mut conn, contents, modified).map_err(sqlite)?;
         let ready = state(&conn, "ready").map_err(sqlite)? == Some("1".into());
         let capture = Capture::install(&conn, &random_token()).map_err(sqlite)?;
         let guard = Guard::install(&mut conn, capture.trigger_prefix()).map_err(sqlite)?;
@@ -86,6 +89,7 @@ impl LdbWriter {
             path: path.to_owned(),
             guard,
             capture,
+            journal,
             catalog: Arc::new(catalog),
             position,
             statement_limit: Duration::from_secs(60),
@@ -298,7 +302,7 @@ fn take_over(
     conn: &mut Connection,
     contents: Contents,
     modified: LedgerTime,
-) -> rusqlite::Result<(Position, Catalog)> {
+) -> rusqlite::Result<(Position, Catalog, Journal)> {
     let tx = conn.transaction_with_behavior(TransactionBehavior::Immediate)?;
     if contents != Contents::Ctlfs {
         create_tables(&tx)?;
@@ -316,8 +320,9 @@ fn take_over(
     }
     let catalog = catalog::load(&tx)?;
     create_row_tables(&tx, &catalog)?;
+    let journal = Journal::open(&tx, position.seq)?;
     tx.commit()?;
-    Ok((position, catalog))
+    Ok((position, catalog, journal))
 }
 
 /// Creates ctlstore's and our own tables where they are missing.

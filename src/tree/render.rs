@@ -114,7 +114,8 @@ fn row_json_estimate(schema: &TableSchema, values: &[Value]) -> usize {
     names + values + 3
 }
 
-fn push_value(json: &mut Vec<u8>, ty: FieldType, value: &Value) {
+/// Appends one value as `row.json` has it.
+pub(crate) fn push_value(json: &mut Vec<u8>, ty: FieldType, value: &Value) {
     let as_base64 = matches!(ty, FieldType::Binary | FieldType::Bytestring);
     match value {
         Value::Null => json.extend_from_slice(b"null"),
@@ -129,12 +130,14 @@ fn push_value(json: &mut Vec<u8>, ty: FieldType, value: &Value) {
     }
 }
 
-fn push_json<T: Serialize + ?Sized>(json: &mut Vec<u8>, value: &T) {
+/// Appends a number or a string.
+pub(crate) fn push_json<T: Serialize + ?Sized>(json: &mut Vec<u8>, value: &T) {
     // Numbers and strings have no error of their own, and writing to a Vec does not fail.
     let _ = serde_json::to_writer(json, value);
 }
 
-fn push_base64(json: &mut Vec<u8>, bytes: &[u8]) {
+/// Appends bytes as a string of base64.
+pub(crate) fn push_base64(json: &mut Vec<u8>, bytes: &[u8]) {
     json.push(b'"');
     let start = json.len();
     json.resize(start + bytes.len().div_ceil(3) * 4, 0);

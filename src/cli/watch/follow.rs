@@ -1,0 +1,630 @@
+//! Follows a mounted tree: what changed behind a sequence, read from the files that every tree has.
+//!
+//! The position of the tree is read first, then the journals of those tables that have changed
+//! since. Each of them is of that position or a later one, so what they tell up to it is complete,
+//! over all tables.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::delivery::{Delivery, Transaction, merge};
+use super::target::Target;
+use crate::tree::node::{CONTROL_DIR, TABLE_SEQ};
+
+/// A journal is read from its end, in steps of this.
+const TAIL: u64 = 64 << 10;
+/// A tree that shows less than was there before may be catching up again; for so long it is waited
+/// for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a look at the tree came to.
+#[derive(Debug)]
+pub(super) enum Look {
+    /// Nothing new.
+    Same,
+    /// Everything up to the sequence `upto`, oldest first.
+    News {
+        upto: u64,
+        deliveries: Vec<Delivery>,
+    },
+    /// The tree is not there, or not ready, for this reason.
+    Away(String),
+}
+
+/// Why it makes no sense to go on.
+#[derive(Debug, PartialEq)]
+pub(super) struct Hopeless(pub(super) String);
+
+/// A tree that is followed.
+pub(super) struct Follower {
+    root: PathBuf,
+    targets: Vec<Target>,
+    /// Everything up to here has been handed out; `None` until a beginning is known.
+    cursor: Option<u64>,
+    /// The tables that were there at the last look, and are watched.
+    tables: BTreeSet<(String, String)>,
+    /// Since when the tree shows less than the cursor.
+    behind_since: Option<Instant>,
+    /// The position and the tables' sequences at the last look.
+    glance: Vec<Vec<u8>>,
+    /// What may not be read, and notices about it that were not given yet.
+    closed: BTreeSet<String>,
+    notices: Vec<String>,
+}
+
+impl Follower {
+    /// Follows the tree at `root` from behind `cursor`, or from its position now.
+    pub(super) fn new(root: &Path, targets: &[Target], cursor: Option<u64>) -> Self {
+        Follower {
+            root: root.to_owned(),
+            targets: targets.to_vec(),
+            cursor,
+            tables: BTreeSet::new(),
+            behind_since: None,
+            glance: Vec::new(),
+            closed: BTreeSet::new(),
+            notices: Vec::new(),
+        }
+    }
+
+    /// Up to where everything has been handed out.
+    pub(super) fn cursor(&self) -> Option<u64> {
+        self.cursor
+    }
+
+    /// Things to say that were not said yet.
+    pub(super) fn notices(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.notices)
+    }
+
+    /// The directories in which something happens when there is news.
+    pub(super) fn directories(&self) -> Vec<PathBuf> {
+        let mut directories: Vec<PathBuf> = self
+            .tables
+            .iter()
+            .map(|(family, table)| self.root.join(family).join(table))
+            .collect();
+        for target in &self.targets {
+            match target {
+                Target::All => directories.push(self.root.clone()),
+                Target::Family(family) => directories.push(self.root.join(family)),
+                Target::Table(family, table, _) => {
+                    directories.push(self.root.join(family).join(table));
+                }
+            }
+        }
+        directories.sort();
+        directories.dedup();
+        directories
+    }
+
+    /// Whether a look may be worthwhile. Of a few tables, their sequences are read, which the kernel
+    /// has; otherwise, and `now and then`, the position, which the daemon is asked for.
+    pub(super) fn glimpse(&mut self, thorough: bool) -> bool {
+        const FEW: usize = 8;
+        let fixed = |t: &Target| matches!(t, Target::Table(..));
+        let few = self.tables.len() <= FEW;
+        let mut glance = Vec::new();
+        if thorough || !few || self.tables.is_empty() {
+            glance.push(fs::read(self.control("seq")).unwrap_or_default());
+        } else {
+            glance.extend(self.glance.first().cloned());
+        }
+        if few {
+            for (family, table) in &self.tables {
+                let seq = fs::read(self.root.join(family).join(table).join(TABLE_SEQ));
+                glance.push(seq.unwrap_or_default());
+            }
+        }
+        // With nothing but tables watched, what happens elsewhere is of no interest.
+        let from = usize::from(few && !thorough && self.targets.iter().all(fixed));
+        let changed = glance.get(from..) != self.glance.get(from..);
+        self.glance = glance;
+        changed
+    }
+
+    fn control(&self, name: &str) -> PathBuf {
+        self.root.join(CONTROL_DIR).join(name)
+    }
+
+    /// Looks what is new.
+    pub(super) fn look(&mut self) -> Result<Look, Hopeless> {
+        let position = match self.position()? {
+            Ok(position) => position,
+            Err(away) => return Ok(Look::Away(away)),
+        };
+        let Some(cursor) = self.cursor else {
+            if !self.is_ready() {
+                return Ok(Look::Away("it is still being filled".into()));
+            }
+            self.cursor = Some(position);
+            self.tables = match self.list() {
+                Ok(tables) => tables,
+                Err(error) => return self.failed("list the tables of", &self.root, &error),
+            };
+            return Ok(Look::News {
+                upto: position,
+                deliveries: Vec::new(),
+            });
+        };
+        if position < cursor {
+            let since = *self.behind_since.get_or_insert_with(Instant::now);
+            if since.elapsed() < PATIENCE || !self.is_ready() {
+                return Ok(Look::Away(format!(
+                    "it shows sequence {position} and has to catch up with {cursor}"
+                )));
+            }
+            self.behind_since = None;
+            self.cursor = Some(position);
+            return Ok(Look::News {
+                upto: position,
+                deliveries: vec![Delivery::Gap(cursor, position)],
+            });
+        }
+        self.behind_since = None;
+        if position == cursor && !self.tables.is_empty() {
+            return Ok(Look::Same);
+        }
+        self.read(cursor, position)
+    }
+
+    /// What the tables tell of the transactions behind `cursor` up to `position`.
+    fn read(&mut self, cursor: u64, position: u64) -> Result<Look, Hopeless> {
+        let tables = match self.list() {
+            Ok(tables) => tables,
+            Err(error) => return self.failed("list the tables of", &self.root, &error),
+        };
+        let mut parts = Vec::new();
+        let mut floor = 0;
+        for (family, table) in &tables {
+            let journal = match self.journal(family, table, cursor) {
+                Ok(Some(journal)) => journal,
+                Ok(None) => continue,
+                Err(error) => match self.excuse(family, table, &error) {
+                    // It went in between, which the next look will see.
+                    Some(Excuse::Gone) => continue,
+                    Some(Excuse::NotAllowed) => {
+                        self.notice_closed(format!("{family}/{table}"));
+                        continue;
+                    }
+                    Some(Excuse::TooLarge) => {
+                        floor = position;
+                        continue;
+                    }
+                    None => {
+                        return self.failed("read the changes of", &self.of(family, table), &error);
+                    }
+                },
+            };
+            floor = floor.max(journal.floor);
+            for line in journal.lines() {
+                match Transaction::from_line(family, table, line, &self.targets) {
+                    Ok(Some(part)) if part.seq <= position => parts.push(part),
+                    Ok(_) => {}
+                    Err(why) => {
+                        return Err(Hopeless(format!(
+                            "cannot read the changes of {}: {why}; use the ctlfs that mounted it",
+                            self.of(family, table).display()
+                        )));
+                    }
+                }
+            }
+        }
+        for (family, table) in self.tables.difference(&tables) {
+            let time = fs::metadata(&self.root).and_then(|m| m.modified());
+            let time = time.map_or_else(
+                |_| String::new(),
+                |time| humantime::format_rfc3339_micros(time).to_string(),
+            );
+            parts.push(Transaction::vanished(family, table, position, time));
+        }
+        let mut deliveries = Vec::new();
+        if floor > cursor {
+            let to = floor.min(position);
+            deliveries.push(Delivery::Gap(cursor, to));
+            // A table that was read before the floor rose may still tell of some of it.
+            parts.retain(|part| part.seq > to);
+        }
+        deliveries.extend(merge(parts).into_iter().map(Delivery::Transaction));
+        self.tables = tables;
+        self.cursor = Some(position);
+        Ok(Look::News {
+            upto: position,
+            deliveries,
+        })
+    }
+
+    /// The sequence that the tree shows, or why there is none now.
+    fn position(&self) -> Result<Result<u64, String>, Hopeless> {
+        let path = self.control("seq");
+        match fs::read(&path) {
+            Ok(text) => Ok(number(&text).ok_or_else(|| "its position cannot be read".into())),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EACCES) => Err(Hopeless(format!(
+                    "cannot watch {}: {error}; it needs to read {}",
+                    self.root.display(),
+                    path.display()
+                ))),
+                Some(libc::ENOENT) => Ok(Err("ctlfs is not mounted there now".into())),
+                Some(libc::ENOTCONN | libc::ECONNABORTED) => Ok(Err("its daemon is dead".into())),
+                _ => Ok(Err(error.to_string())),
+            },
+        }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.control("ready").exists()
+    }
+
+    fn of(&self, family: &str, table: &str) -> PathBuf {
+        self.root.join(family).join(table)
+    }
+
+    /// Says once that something is closed to us.
+    fn notice_closed(&mut self, what: String) {
+        if !self.closed.contains(&what) {
+            self.notices.push(format!(
+                "not watching {what}: {}",
+                io::Error::from_raw_os_error(libc::EACCES)
+            ));
+            self.closed.insert(what);
+        }
+    }
+
+    /// The tables that are there and covered by a target.
+    fn list(&mut self) -> io::Result<BTreeSet<(String, String)>> {
+        let mut tables = BTreeSet::new();
+        for target in &self.targets.clone() {
+            match target {
+                Target::All => {
+                    for family in names(&self.root)? {
+                        match names(&self.root.join(&family)) {
+                            Ok(names) => {
+                                tables.extend(names.into_iter().map(|t| (family.clone(), t)));
+                            }
+                            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                                self.notice_closed(family);
+                            }
+                            Err(error) => return Err(error),
+                        }
+                    }
+                }
+                Target::Family(family) => {
+                    for table in names(&self.root.join(family))? {
+                        tables.insert((family.clone(), table));
+                    }
+                }
+                Target::Table(family, table, _) => {
+                    match fs::symlink_metadata(self.of(family, table)) {
+                        Ok(_) => {
+                            tables.insert((family.clone(), table.clone()));
+                        }
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+        }
+        Ok(tables)
+    }
+
+    /// The lines behind `cursor` of a table's journal, if it has changed since.
+    fn journal(&self, family: &str, table: &str, cursor: u64) -> io::Result<Option<Journal>> {
+        let seq = fs::read(self.of(family, table).join(TABLE_SEQ))?;
+        if number(&seq).is_some_and(|seq| seq <= cursor) {
+            return Ok(None);
+        }
+        let path = self
+            .control("changes")
+            .join(family)
+            .join(format!("{table}.ndjson"));
+        Journal::read(&File::open(path)?, cursor).map(Some)
+    }
+
+    /// What an error about one table means, if it is no reason to give up.
+    fn excuse(&self, family: &str, table: &str, error: &io::Error) -> Option<Excuse> {
+        let named = |t: &Target| matches!(t, Target::Table(..)) && t.covers(family, table);
+        match error.raw_os_error()? {
+            libc::ENOENT | libc::ESTALE if !self.of(family, table).exists() => Some(Excuse::Gone),
+            libc::ESTALE => Some(Excuse::Gone),
+            libc::EFBIG => Some(Excuse::TooLarge),
+            libc::EACCES if !self.targets.iter().any(named) => Some(Excuse::NotAllowed),
+            _ => None,
+        }
+    }
+
+    /// What an error means that says more of the tree than of one table.
+    fn failed(&self, action: &str, path: &Path, error: &io::Error) -> Result<Look, Hopeless> {
+        match error.raw_os_error() {
+            Some(libc::EACCES) => Err(Hopeless(format!(
+                "cannot {action} {}: {error}; see the mount's --access rules",
+                path.display()
+            ))),
+            Some(libc::ENOENT) if self.control("seq").exists() => Err(Hopeless(format!(
+                "cannot {action} {}: this mount keeps no record of changes; mount it with this \
+                 version of ctlfs and --origin",
+                path.display()
+            ))),
+            _ => Ok(Look::Away(error.to_string())),
+        }
+    }
+}
+
+enum Excuse {
+    Gone,
+    NotAllowed,
+    TooLarge,
+}
+
+/// The end of a journal.
+struct Journal {
+    floor: u64,
+    bytes: Vec<u8>,
+    /// Where the first line begins that is behind the cursor.
+    start: usize,
+}
+
+impl Journal {
+    /// Reads as much from the end as it takes to get to a line at or before `cursor`. An open file
+    /// never changes.
+    fn read(file: &File, cursor: u64) -> io::Result<Self> {
+        let corrupt = || io::Error::new(io::ErrorKind::InvalidData, "it is no journal");
+        let size = file.metadata()?.len();
+        let head = read_part(file, 0, size.min(256))?;
+        let header = head.split(|b| *b == b'\n').next().unwrap_or_default();
+        let floor: serde_json::Value = serde_json::from_slice(header).map_err(|_| corrupt())?;
+        let floor = floor["floor"].as_u64().ok_or_else(corrupt)?;
+        let body = u64::try_from(header.len() + 1)
+            .map_err(|_| corrupt())?
+            .min(size);
+        let mut length = TAIL;
+        loop {
+            let from = size.saturating_sub(length).max(body);
+            let bytes = read_part(file, from, size - from)?;
+            // Unless all was read, the first line may have been cut.
+            let whole = if from == body {
+                Some(0)
+            } else {
+                bytes.iter().position(|b| *b == b'\n').map(|at| at + 1)
+            };
+            if let Some(whole) = whole {
+                let lines = bytes.get(whole..).unwrap_or_default();
+                let reaches = line_seq(lines).is_some_and(|seq| seq <= cursor);
+                if reaches || from == body {
+                    let skipped: usize = lines
+                        .split_inclusive(|b| *b == b'\n')
+                        .take_while(|line| line_seq(line).is_some_and(|seq| seq <= cursor))
+                        .map(<[u8]>::len)
+                        .sum();
+                    return Ok(Journal {
+                        floor,
+                        start: whole + skipped,
+                        bytes,
+                    });
+                }
+            }
+            length = length.saturating_mul(4);
+        }
+    }
+
+    fn lines(&self) -> impl Iterator<Item = &[u8]> {
+        let bytes = self.bytes.get(self.start..).unwrap_or_default();
+        bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty())
+    }
+}
+
+fn read_part(file: &File, from: u64, length: u64) -> io::Result<Vec<u8>> {
+    let too_long = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    let mut bytes = vec![0; usize::try_from(length).map_err(too_long)?];
+    file.read_exact_at(&mut bytes, from)?;
+    Ok(bytes)
+}
+
+/// The sequence that a line of a journal begins with.
+fn line_seq(line: &[u8]) -> Option<u64> {
+    let digits = line.strip_prefix(b"{\"seq\":")?;
+    let end = digits.iter().position(|b| !b.is_ascii_digit())?;
+    number(digits.get(..end)?)
+}
+
+fn number(text: &[u8]) -> Option<u64> {
+    std::str::from_utf8(text).ok()?.trim_end().parse().ok()
+}
+
+/// The names in a directory that are families or tables; none if there is no such directory.
+fn names(directory: &Path) -> io::Result<Vec<String>> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry?.file_name();
+        if let Ok(text) = std::str::from_utf8(name.as_bytes())
+            && !text.starts_with('.')
+        {
+            names.push(text.to_owned());
+        }
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::watch::target::Below;
+
+    /// A tree of plain files that looks like a mounted one.
+    struct Tree(tempfile::TempDir);
+
+    impl Tree {
+        fn new() -> Self {
+            let tree = Tree(tempfile::tempdir().unwrap());
+            tree.write(".ctlfs/ready", "");
+            tree
+        }
+
+        fn write(&self, path: &str, text: &str) {
+            let path = self.0.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+
+        fn table(&self, table: &str, floor: u64, seqs: &[u64], note: &str) {
+            let mut text = format!("{{\"floor\":{floor}}}\n");
+            for seq in seqs {
+                text.push_str(&line(*seq, note));
+            }
+            self.write(&format!(".ctlfs/changes/{table}.ndjson"), &text);
+            let last = seqs.last().copied().unwrap_or(floor);
+            self.write(&format!("{table}/.seq"), &format!("{last}\n"));
+        }
+
+        fn position(&self, seq: u64) {
+            self.write(".ctlfs/seq", &format!("{seq}\n"));
+        }
+
+        fn follower(&self, targets: &[Target], cursor: Option<u64>) -> Follower {
+            Follower::new(self.0.path(), targets, cursor)
+        }
+    }
+
+    fn line(seq: u64, note: &str) -> String {
+        format!(
+            "{{\"seq\":{seq},\"begin\":{seq},\"time\":\"T\",\"changes\":[{{\"path\":\"x\",\
+             \"key\":[\"x\"],\"kind\":\"updated\",\"old\":{{\"note\":\"{note}\"}},\
+             \"new\":{{\"note\":null}}}}]}}\n"
+        )
+    }
+
+    fn news(follower: &mut Follower) -> (u64, Vec<Delivery>) {
+        match follower.look().unwrap() {
+            Look::News { upto, deliveries } => (upto, deliveries),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn seqs(deliveries: &[Delivery]) -> Vec<u64> {
+        deliveries.iter().map(Delivery::seq).collect()
+    }
+
+    #[test]
+    fn transactions_of_all_tables_come_in_order_up_to_the_position() {
+        let tree = Tree::new();
+        tree.position(5);
+        tree.table("app/flags", 0, &[2, 5, 6], "a");
+        tree.table("app/limits", 0, &[3, 5, 9], "b");
+        tree.table("other/t01", 0, &[4], "c");
+        let mut follower = tree.follower(&[Target::All], Some(2));
+        let (upto, found) = news(&mut follower);
+        assert_eq!((upto, seqs(&found)), (5, vec![3, 4, 5]));
+        assert!(found[2].to_line().contains("app/limits/x"), "{found:?}");
+        assert!(matches!(follower.look().unwrap(), Look::Same));
+        tree.position(9);
+        assert_eq!(seqs(&news(&mut follower).1), [6, 9]);
+        let mut family = tree.follower(&[Target::Family("other".into())], Some(0));
+        assert_eq!(seqs(&news(&mut family).1), [4]);
+    }
+
+    #[test]
+    fn without_a_beginning_it_is_now() {
+        let tree = Tree::new();
+        tree.position(5);
+        tree.table("app/flags", 0, &[2, 5], "a");
+        let mut follower = tree.follower(&[Target::All], None);
+        assert_eq!(news(&mut follower), (5, vec![]));
+        fs::remove_file(tree.0.path().join(".ctlfs/ready")).unwrap();
+        let mut early = tree.follower(&[Target::All], None);
+        assert!(matches!(early.look().unwrap(), Look::Away(_)));
+    }
+
+    #[test]
+    fn long_journals_are_read_from_their_end() {
+        let tree = Tree::new();
+        let all: Vec<u64> = (11..=3_000).collect();
+        tree.position(3_000);
+        tree.table("app/flags", 10, &all, &"n".repeat(100));
+        for cursor in [10, 11, 1_000, 2_500, 2_999] {
+            let mut follower = tree.follower(&[Target::All], Some(cursor));
+            let expected: Vec<u64> = (cursor + 1..=3_000).collect();
+            assert_eq!(seqs(&news(&mut follower).1), expected, "behind {cursor}");
+        }
+    }
+
+    #[test]
+    fn history_that_is_gone_is_a_gap() {
+        let tree = Tree::new();
+        tree.position(30);
+        tree.table("app/flags", 10, &[12, 30], "a");
+        let mut follower = tree.follower(&[Target::All], Some(7));
+        let (_, found) = news(&mut follower);
+        assert_eq!(found[0], Delivery::Gap(7, 10));
+        assert_eq!(seqs(&found), [10, 12, 30]);
+        // A table that has not changed since has missed nothing, wherever the journal begins.
+        tree.position(90);
+        tree.table("app/limits", 80, &[], "b");
+        tree.write("app/limits/.seq", "5\n");
+        let (upto, found) = news(&mut follower);
+        assert_eq!((upto, found), (90, vec![]));
+    }
+
+    #[test]
+    fn tables_come_and_go() {
+        let tree = Tree::new();
+        tree.position(1);
+        let mut follower = tree.follower(&[Target::Family("app".into())], None);
+        news(&mut follower);
+        tree.position(4);
+        tree.table("app/flags", 0, &[4], "a");
+        assert_eq!(seqs(&news(&mut follower).1), [4]);
+        fs::remove_dir_all(tree.0.path().join("app/flags")).unwrap();
+        tree.position(6);
+        let (_, found) = news(&mut follower);
+        assert_eq!(seqs(&found), [6]);
+        assert!(found[0].to_line().ends_with("app/flags: dropped\n"));
+    }
+
+    #[test]
+    fn a_tree_that_is_away_is_waited_for() {
+        let tree = Tree::new();
+        let mut follower = tree.follower(&[Target::All], Some(3));
+        assert!(matches!(follower.look().unwrap(), Look::Away(_)));
+        tree.position(2);
+        assert!(matches!(follower.look().unwrap(), Look::Away(_)));
+        tree.position(4);
+        assert_eq!(news(&mut follower), (4, vec![]));
+    }
+
+    #[test]
+    fn a_glimpse_sees_what_is_watched() {
+        let tree = Tree::new();
+        tree.position(5);
+        tree.table("app/flags", 0, &[2, 5], "a");
+        let table = Target::Table("app".into(), "flags".into(), Below::All);
+        let mut follower = tree.follower(&[table], None);
+        news(&mut follower);
+        follower.glimpse(true);
+        assert!(!follower.glimpse(false) && !follower.glimpse(true));
+        tree.position(6);
+        assert!(!follower.glimpse(false));
+        tree.table("app/flags", 0, &[2, 5, 7], "a");
+        assert!(follower.glimpse(false));
+        assert!(!follower.glimpse(false));
+    }
+
+    #[test]
+    fn a_mount_without_a_record_of_changes_says_so() {
+        let tree = Tree::new();
+        tree.position(5);
+        tree.write("app/flags/.seq", "5\n");
+        let mut follower = tree.follower(&[Target::All], Some(1));
+        let Hopeless(why) = follower.look().unwrap_err();
+        assert!(why.contains("keeps no record of changes"), "{why}");
+    }
+}
