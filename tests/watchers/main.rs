@@ -1,4 +1,4 @@
-//! Section 8 of docs/SEMANTICS.md: what those hear who watch the tree with inotify.
+//! Section 12 of docs/SEMANTICS.md: what those hear who watch the tree with inotify.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
