@@ -35,6 +35,8 @@ const HOT_ROUNDS: usize = 200;
 const HOT_READS: usize = 200;
 /// Random rows read for the first time.
 const COLD_READS: u64 = 20_000;
+/// Pins made, one after the other.
+const PINS: usize = 500;
 /// Different files read before memory is looked at.
 const MEMORY_FILES: u64 = 200_000;
 
@@ -76,6 +78,9 @@ fn main() {
     }
     if wanted("cold") {
         cold(&daemon, &state.join("ldb.db"));
+    }
+    if wanted("pins") {
+        pins(&daemon);
     }
     if wanted("memory") {
         drop(daemon);
@@ -293,6 +298,28 @@ fn first_reads(daemon: &Daemon, ldb: &Path, seed: u64, what: &str) {
     measured.iter().for_each(|name| select(&mut selects, name));
     println!("{}", files.row(what));
     println!("{}", selects.row("SELECT of the same rows, prepared"));
+}
+
+/// Making a pin, the first read of a random row in it, and removing it. Each is made when there is
+/// no other, which it could share its snapshot with.
+fn pins(daemon: &Daemon) {
+    let mut numbers = Numbers(3);
+    let mut buffer = [0; 256];
+    let [mut made, mut read, mut removed] = [const { Sample::new() }; 3];
+    for i in 0..PINS {
+        let pin = daemon.mountpoint.join(format!(".ctlfs/at/bench{i}"));
+        made.time(|| std::fs::create_dir(&pin).unwrap());
+        let row = format!("bench/rows/k{:08}/note", numbers.below(ROWS));
+        let path = pin.join(row);
+        assert!(read.time(|| open_read_close(&path, &mut buffer)) > 0);
+        removed.time(|| std::fs::remove_dir(&pin).unwrap());
+    }
+    println!("{}", made.row("making a pin"));
+    println!(
+        "{}",
+        read.row("the first read in it, of a random row's field")
+    );
+    println!("{}", removed.row("removing it"));
 }
 
 /// What the daemon holds after reading many different files, each of a different row.

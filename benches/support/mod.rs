@@ -9,6 +9,11 @@ use std::time::{Duration, Instant};
 pub struct Sample(Vec<u64>);
 
 impl Sample {
+    /// None yet.
+    pub const fn new() -> Self {
+        Sample(Vec::new())
+    }
+
     /// Times `operation` once.
     pub fn time<T>(&mut self, operation: impl FnOnce() -> T) -> T {
         let start = Instant::now();

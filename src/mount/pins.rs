@@ -123,6 +123,8 @@ pub(super) struct Pins {
     limits: PinLimits,
     holds: WalHolds,
     wal: Wal,
+    /// Whether the LDB is ours to write.
+    own: bool,
 }
 
 #[derive(Default)]
@@ -149,9 +151,26 @@ impl Table {
             .map(|(id, _)| *id)
     }
 
+    /// Whether one more of this name can be.
+    fn check(&self, name: &[u8]) -> Result<(), Fault> {
+        if name.len() > MAX_NAME {
+            return Err(Fault::NameTooLong);
+        }
+        if name.starts_with(b".") {
+            return Err(Fault::BadName);
+        }
+        if self.named(name).is_some() {
+            return Err(Fault::Exists);
+        }
+        if self.live().count() >= MAX_PINS {
+            return Err(Fault::TooManyPins);
+        }
+        Ok(())
+    }
+
     /// To be called when one has gone.
-    fn note_end(&mut self) {
-        let last = self.live().next().is_none();
+    fn note_end(&mut self, own: bool) {
+        let last = own && self.live().next().is_none();
         self.shrink |= last;
     }
 }
@@ -166,13 +185,14 @@ pub(super) struct Ended {
 }
 
 impl Pins {
-    pub(super) fn new(limits: PinLimits, wal: Wal) -> Self {
+    pub(super) fn new(limits: PinLimits, wal: Wal, own: bool) -> Self {
         Pins {
             table: Mutex::default(),
             changed: Condvar::new(),
             limits,
             holds: WalHolds::default(),
             wal,
+            own,
         }
     }
 
@@ -206,24 +226,6 @@ impl Pins {
         Some(Arc::clone(&pin.snapshot))
     }
 
-    /// Whether one more of this name can be.
-    fn check(&self, name: &[u8]) -> Result<(), Fault> {
-        if name.len() > MAX_NAME {
-            return Err(Fault::NameTooLong);
-        }
-        if name.starts_with(b".") {
-            return Err(Fault::BadName);
-        }
-        let table = self.table();
-        if table.named(name).is_some() {
-            return Err(Fault::Exists);
-        }
-        if table.live().count() >= MAX_PINS {
-            return Err(Fault::TooManyPins);
-        }
-        Ok(())
-    }
-
     fn insert(
         &self,
         name: &[u8],
@@ -232,8 +234,8 @@ impl Pins {
         mark: Mark,
         log: u64,
     ) -> Result<PinId, Fault> {
-        self.check(name)?;
         let mut table = self.table();
+        table.check(name)?;
         table.last += 1;
         let id = PinId(table.last);
         if table.live().next().is_none() {
@@ -267,7 +269,7 @@ impl Pins {
         let pin = table.entries.remove(&id)?.pin;
         if let Some(pin) = &pin {
             pin.dropped.store(true, Ordering::Release);
-            table.note_end();
+            table.note_end(self.own);
         }
         drop(table);
         self.changed.notify_all();
@@ -318,7 +320,7 @@ impl Pins {
             }
         }
         if !ended.pins.is_empty() {
-            table.note_end();
+            table.note_end(self.own);
             while table.entries.len() - table.live().count() > MAX_DROPPED {
                 let mut entries = table.entries.iter();
                 let oldest = entries.find(|(_, entry)| entry.pin.is_none());
@@ -432,7 +434,7 @@ impl Server {
         owner: (u32, u32),
     ) -> Result<Lookup, Fault> {
         self.check_pins(parent)?;
-        self.pins.check(name)?;
+        self.pins.table().check(name)?;
         let log = self.pins.wal.len();
         let snapshot = self.snapshot()?;
         let time = snapshot.readers.read(Reader::schema_time);

@@ -8,8 +8,8 @@ use crate::ldb::LdbError;
 use crate::ldb::reader::Reader;
 use crate::model::Seq;
 
-/// How many connections that nobody uses are kept.
-const MAX_IDLE: usize = 32;
+/// Up to how many connections that nobody uses those of a pin are kept for others.
+const ENOUGH: usize = 8;
 
 /// Readers of one LDB.
 pub(super) struct Readers {
@@ -90,7 +90,7 @@ impl Readers {
 
     fn give(&self, reader: Reader, generation: u64) {
         let mut idle = self.idle();
-        if idle.generation == generation && idle.readers.len() < MAX_IDLE {
+        if idle.generation == generation {
             idle.readers.push(reader);
         }
     }
@@ -163,8 +163,9 @@ impl HeldReaders {
     }
 
     fn put_away(&self, mut reader: Reader) {
+        let enough = self.home.idle().readers.len() >= ENOUGH;
         // One whose transaction does not end is closed, and ends it thereby.
-        if reader.release().is_ok() {
+        if !enough && reader.release().is_ok() {
             self.home.give(reader, self.generation);
         }
     }

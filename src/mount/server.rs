@@ -95,7 +95,11 @@ impl Server {
         Ok(Server {
             state: Mutex::new(State::new(view, settings.lifetimes, ROW_CACHE)),
             readers,
-            pins: Pins::new(settings.pin_limits, Wal::of(&settings.ldb)),
+            pins: Pins::new(
+                settings.pin_limits,
+                Wal::of(&settings.ldb),
+                matches!(settings.lifetimes, Lifetimes::UntilNotified),
+            ),
             keeper: Keeper::new(KEPT_IN_MEMORY, settings.spill),
             access: settings.access,
             newline: settings.newline,
