@@ -349,7 +349,8 @@ fn shown(value: &Json) -> String {
     }
     let mut text = value.to_string();
     if text.len() > SHOWN {
-        let end = text.floor_char_boundary(SHOWN);
+        let cuts = |at: &usize| text.is_char_boundary(*at);
+        let end = (0..=SHOWN).rev().find(cuts).unwrap_or(0);
         let more = text.len() - end;
         text.truncate(end);
         let _ = write!(text, "…(+{more} bytes)");
