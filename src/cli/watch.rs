@@ -5,6 +5,7 @@
 
 mod delivery;
 mod follow;
+mod journal;
 mod notify;
 mod run;
 mod signal;

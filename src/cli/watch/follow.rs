@@ -8,16 +8,14 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::delivery::{Delivery, Transaction, merge};
+use super::journal::{Journal, number};
 use super::target::Target;
 use crate::tree::node::{CONTROL_DIR, TABLE_SEQ};
 
-/// A journal is read from its end, in steps of this.
-const TAIL: u64 = 64 << 10;
 /// A tree that shows less than was there before may be catching up again; for so long it is waited
 /// for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -359,81 +357,6 @@ enum Excuse {
     Gone,
     NotAllowed,
     TooLarge,
-}
-
-/// The end of a journal.
-struct Journal {
-    floor: u64,
-    bytes: Vec<u8>,
-    /// Where the first line begins that is behind the cursor.
-    start: usize,
-}
-
-impl Journal {
-    /// Reads as much from the end as it takes to get to a line at or before `cursor`. An open file
-    /// never changes.
-    fn read(file: &File, cursor: u64) -> io::Result<Self> {
-        let corrupt = || io::Error::new(io::ErrorKind::InvalidData, "it is no journal");
-        let size = file.metadata()?.len();
-        let head = read_part(file, 0, size.min(256))?;
-        let header = head.split(|b| *b == b'\n').next().unwrap_or_default();
-        let floor: serde_json::Value = serde_json::from_slice(header).map_err(|_| corrupt())?;
-        let floor = floor["floor"].as_u64().ok_or_else(corrupt)?;
-        let body = u64::try_from(header.len() + 1)
-            .map_err(|_| corrupt())?
-            .min(size);
-        let mut length = TAIL;
-        loop {
-            let from = size.saturating_sub(length).max(body);
-            let bytes = read_part(file, from, size - from)?;
-            // Unless all was read, the first line may have been cut.
-            let whole = if from == body {
-                Some(0)
-            } else {
-                bytes.iter().position(|b| *b == b'\n').map(|at| at + 1)
-            };
-            if let Some(whole) = whole {
-                let lines = bytes.get(whole..).unwrap_or_default();
-                let reaches = line_seq(lines).is_some_and(|seq| seq <= cursor);
-                if reaches || from == body {
-                    let skipped: usize = lines
-                        .split_inclusive(|b| *b == b'\n')
-                        .take_while(|line| line_seq(line).is_some_and(|seq| seq <= cursor))
-                        .map(<[u8]>::len)
-                        .sum();
-                    return Ok(Journal {
-                        floor,
-                        start: whole + skipped,
-                        bytes,
-                    });
-                }
-            }
-            length = length.saturating_mul(4);
-        }
-    }
-
-    fn lines(&self) -> impl Iterator<Item = &[u8]> {
-        let bytes = self.bytes.get(self.start..).unwrap_or_default();
-        bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty())
-    }
-}
-
-fn read_part(file: &File, from: u64, length: u64) -> io::Result<Vec<u8>> {
-    let too_long = |_| io::Error::from_raw_os_error(libc::EFBIG);
-    let mut bytes = vec![0; usize::try_from(length).map_err(too_long)?];
-    file.read_exact_at(&mut bytes, from)?;
-    Ok(bytes)
-}
-
-/// The sequence that a line of a journal begins with.
-fn line_seq(line: &[u8]) -> Option<u64> {
-    let digits = line.strip_prefix(b"{\"seq\":")?;
-    let end = digits.iter().position(|b| !b.is_ascii_digit())?;
-    number(digits.get(..end)?)
-}
-
-fn number(text: &[u8]) -> Option<u64> {
-    std::str::from_utf8(text).ok()?.trim_end().parse().ok()
 }
 
 /// The names in a directory that are families or tables; none if there is no such directory.
