@@ -37,6 +37,8 @@ const HOT_READS: usize = 200;
 const COLD_READS: u64 = 20_000;
 /// Pins made, one after the other.
 const PINS: usize = 500;
+/// Changes announced, one after the other.
+const ANNOUNCED: u64 = 1000;
 /// Different files read before memory is looked at.
 const MEMORY_FILES: u64 = 200_000;
 
@@ -81,6 +83,9 @@ fn main() {
     }
     if wanted("pins") {
         pins(&daemon);
+    }
+    if wanted("announce") {
+        announce(&daemon, &ledger_file);
     }
     if wanted("memory") {
         drop(daemon);
@@ -302,6 +307,44 @@ fn first_reads(daemon: &Daemon, ldb: &Path, seed: u64, what: &str) {
 
 /// Making a pin, the first read of a random row in it, and removing it. Each is made when there is
 /// no other, which it could share its snapshot with.
+/// Changes one field of a row that is known to the kernel, again and again, and shows what the
+/// daemon says of the time that announcing took: the field, `row.json` and the table's `.seq`.
+fn announce(daemon: &Daemon, ledger_file: &Path) {
+    let ledger = Connection::open(ledger_file).unwrap();
+    ledger.execute_batch("PRAGMA synchronous = OFF").unwrap();
+    let value = daemon.mountpoint.join("bench/rows/k00000007/enabled");
+    let announced = |count: u64| {
+        let start = Instant::now();
+        loop {
+            let status = daemon.status();
+            if status["announce"]["entries"].as_u64().unwrap() >= count {
+                return status["announce"].clone();
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "{status}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    std::fs::read(&value).unwrap();
+    let before = daemon.status()["announce"]["entries"].as_u64().unwrap();
+    for i in 1..=ANNOUNCED {
+        ledger
+            .execute(
+                "INSERT INTO ctlstore_dml_ledger (statement) VALUES (?1)",
+                [format!(
+                    "UPDATE bench___rows SET \"enabled\" = {} WHERE \"name\" = 'k00000007'",
+                    i + 1
+                )],
+            )
+            .unwrap();
+        announced(before + 3 * i);
+    }
+    let times = announced(before + 3 * ANNOUNCED);
+    println!(
+        "| announcing one changed field (with row.json and .seq) | {} ms | {} ms |",
+        times["p50_ms"], times["p99_ms"]
+    );
+}
+
 fn pins(daemon: &Daemon) {
     let mut numbers = Numbers(3);
     let mut buffer = [0; 256];

@@ -114,8 +114,8 @@ fn nothing_hangs_under_everything_at_once() {
         shell(PINNER, &root),
     ];
     let watchers = vec![
-        Watcher::inotifywait(&["-r", "-q"], &[tree.path("app")]),
-        Watcher::inotifywait(&["-q", "-e", "moved_to"], &[tree.path("app/load")]),
+        Watcher::inotifywait(&["-r"], &[tree.path("app")]),
+        Watcher::inotifywait(&["-e", "moved_to"], &[tree.path("app/load")]),
     ];
     let done = Arc::new(AtomicBool::new(false));
     let written = Arc::new(AtomicU64::new(0));

@@ -2,7 +2,8 @@
 //!
 //! A file of its own, so that nothing else runs beside it.
 //!
-//! Python's watchdog and Node's chokidar come from their registries, into a directory of the test.
+//! Python's watchdog comes from its registry, into a directory of the test. Not here is Node's chokidar,
+//! which passes over events that come close together on any file system.
 
 #![allow(
     clippy::unwrap_used,
@@ -53,18 +54,6 @@ print("watching", flush=True)
 observer.join()
 "#;
 
-/// Prints the content whenever chokidar, which watches the row, says that the file changed.
-const CHOKIDAR: &str = r#"
-import { readFileSync } from "node:fs";
-import { dirname } from "node:path";
-import { watch } from "chokidar";
-const file = process.argv[2];
-const look = (path) => {
-    if (path === file) try { console.log("value", readFileSync(file, "utf8").trim()); } catch {}
-};
-watch(dirname(file)).on("ready", () => console.log("watching")).on("change", look).on("add", look);
-"#;
-
 /// Prints a line for whatever happens to the name in the row's directory.
 const FS_WATCH: &str = r#"
 const { watch } = require("node:fs");
@@ -101,42 +90,27 @@ struct Watched {
     sees: Sees,
 }
 
-fn install(what: &str, command: &mut Command) {
-    let output = command
+/// Installs watchdog; gives the directory for PYTHONPATH.
+fn watchdog(home: &Path) -> PathBuf {
+    let directory = home.join("python");
+    let output = Command::new("python3")
+        .args(["-m", "pip", "install", "--quiet", "--target"])
+        .arg(&directory)
+        .arg("watchdog")
         .output()
-        .unwrap_or_else(|error| panic!("cannot install {what}: {error}"));
+        .expect("python3 can be run");
     assert!(
         output.status.success(),
-        "cannot install {what}: {}",
+        "cannot install watchdog: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-}
-
-fn packages(directory: &Path) -> (PathBuf, PathBuf) {
-    let (python, node) = (directory.join("python"), directory.join("node"));
-    install(
-        "watchdog",
-        Command::new("python3")
-            .args(["-m", "pip", "install", "--quiet", "--target"])
-            .arg(&python)
-            .arg("watchdog"),
-    );
-    install(
-        "chokidar",
-        Command::new("npm")
-            .args(["install", "--no-audit", "--no-fund", "--prefix"])
-            .arg(&node)
-            .arg("chokidar"),
-    );
-    (python, node)
+    directory
 }
 
 fn watchers(tree: &Tree, home: &Path) -> Vec<Watched> {
-    let (python, node) = packages(home);
+    let python = watchdog(home);
     let (table, row) = (tree.path("app/flags"), tree.path("app/flags/a"));
     let file = row.join("enabled");
-    let chokidar = node.join("watch.mjs");
-    std::fs::write(&chokidar, CHOKIDAR).unwrap();
     let script = |program: &str, args: &[&str], last: &Path| {
         let mut command = Command::new(program);
         command.args(args).arg(last).env("PYTHONPATH", &python);
@@ -171,11 +145,6 @@ fn watchers(tree: &Tree, home: &Path) -> Vec<Watched> {
             name: "watchdog",
             watcher: script("python3", &["-c", WATCHDOG], &table),
             sees: Sees::Events("saw enabled"),
-        },
-        Watched {
-            name: "chokidar",
-            watcher: script("node", &[chokidar.to_str().unwrap()], &file),
-            sees: Sees::Latest("value "),
         },
         Watched {
             name: "fs.watch",

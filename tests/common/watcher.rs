@@ -60,17 +60,23 @@ impl Watcher {
     /// The next line, and when it came.
     #[track_caller]
     pub fn next(&self) -> (Instant, String) {
-        self.lines
-            .recv_timeout(DEADLINE)
-            .unwrap_or_else(|error| panic!("{} says nothing more: {error}", self.what))
+        self.next_before(Instant::now() + DEADLINE)
+    }
+
+    #[track_caller]
+    fn next_before(&self, end: Instant) -> (Instant, String) {
+        let left = end.saturating_duration_since(Instant::now());
+        let line = self.lines.recv_timeout(left);
+        line.unwrap_or_else(|error| panic!("{} does not say it: {error}", self.what))
     }
 
     /// The lines up to the one that ends like this, without it.
     #[track_caller]
     pub fn until(&self, end: &str) -> Vec<String> {
+        let deadline = Instant::now() + DEADLINE;
         let mut lines = Vec::new();
         loop {
-            let (_, line) = self.next();
+            let (_, line) = self.next_before(deadline);
             if line.ends_with(end) {
                 return lines;
             }
