@@ -27,6 +27,9 @@ pub(super) struct Announcing {
     pub(super) stage_name: Vec<u8>,
     /// Its inode.
     pub(super) stage: Option<u64>,
+    /// Whether a commit has happened that is not announced yet. Until then nobody may remember that
+    /// a name is absent: the kernel would take it for so when the announcing thread removes it.
+    pub(super) pending: bool,
     /// What the last flip moved on from.
     pub(super) superseded: Vec<(Node, u64)>,
     pub(super) staged: HashMap<Vec<u8>, Node>,
@@ -72,6 +75,7 @@ impl Announcing {
 
     /// Everything has been announced.
     pub(super) fn clear(&mut self) {
+        self.pending = false;
         self.staged.clear();
         self.targets.clear();
     }

@@ -391,6 +391,7 @@ impl State {
                 self.supersede(ino);
             }
         }
+        self.announcing.pending = self.announcing.on;
         self.drop_rows(&transition);
         self.advance(transition.to, transition.catalog);
     }

@@ -172,6 +172,7 @@ impl<K: Kernel> Flipper<K> {
     fn announce(&mut self, changes: &ChangeSet) {
         let jobs = self.server.plan_announcement(changes, &self.before);
         if jobs.is_empty() {
+            self.server.end_announcement();
             return;
         }
         let began = Instant::now();

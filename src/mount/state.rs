@@ -322,7 +322,7 @@ impl State {
             None => self.touches_names_in(parent),
         };
         match self.lifetimes {
-            _ if touched => Duration::ZERO,
+            _ if touched || self.announcing.pending => Duration::ZERO,
             Lifetimes::For(ttl) => ttl,
             Lifetimes::UntilNotified => {
                 let now = Instant::now();
