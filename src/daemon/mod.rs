@@ -12,6 +12,7 @@ mod mountinfo;
 mod mountpoint;
 mod process;
 mod signals;
+mod slice;
 mod users;
 mod wiring;
 
@@ -115,6 +116,8 @@ pub(crate) fn run(
     on_ready: impl FnOnce(),
 ) -> Result<(), Error> {
     let blocked = signals::block()?;
+    // Before any other thread is started, which inherits it.
+    slice::shorten();
     let state = lock::StateDir::lock(&config.state_dir)?;
     start_log(config, state.path())?;
     let place = mountpoint::claim(&config.mountpoint)?;

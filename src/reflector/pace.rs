@@ -9,8 +9,11 @@ use crate::pace::jitter;
 
 /// The interval while push tells of changes: a safety net.
 const SAFETY_NET: Duration = Duration::from_secs(30);
-/// The first pause between looks for something that was announced; it doubles.
-const FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// The first pause between looks for something that was announced. Each is a quarter longer than
+/// the one before, so that what takes a while to show is found a quarter later at most.
+const FIRST_PAUSE: Duration = Duration::from_micros(250);
+/// The longest pause between such looks, unless the interval is shorter.
+const LAST_PAUSE: Duration = Duration::from_millis(250);
 /// For how long an announced sequence is looked for.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How much later than the poll that found an entry push may still tell of it.
@@ -91,9 +94,9 @@ impl Pace {
                 self.untold = None;
                 self.distrust = true;
             }
-            rest = rest.min(grace.max(FIRST_PAUSE));
+            rest = rest.min(grace);
         }
-        match self.hunt.pause(seen, self.interval, now) {
+        match self.hunt.pause(seen, self.interval.min(LAST_PAUSE), now) {
             Some(pause) => rest.min(pause),
             None => rest,
         }
@@ -135,10 +138,10 @@ impl Hunt {
 
     /// The pause before the next look; `None` once there is nothing left to look for. A sequence
     /// that is known is looked for until it is there. For what is not known, looks get rarer up to
-    /// the interval: all of them, because what was found may be something else.
-    fn pause(&mut self, seen: Seq, interval: Duration, now: Instant) -> Option<Duration> {
+    /// `longest`: all of them, because what was found may be something else.
+    fn pause(&mut self, seen: Seq, longest: Duration, now: Instant) -> Option<Duration> {
         let age = now.saturating_duration_since(self.since?);
-        self.unknown &= self.pause < interval;
+        self.unknown &= self.pause < longest;
         if self.known.is_some_and(|seq| seq <= seen) || age > PATIENCE {
             self.known = None;
         }
@@ -146,8 +149,8 @@ impl Hunt {
             *self = Hunt::default();
             return None;
         }
-        let pause = self.pause.min(interval);
-        self.pause = self.pause.saturating_mul(2);
+        let pause = self.pause.min(longest);
+        self.pause = self.pause.saturating_mul(5) / 4;
         Some(pause)
     }
 }
@@ -196,12 +199,13 @@ mod tests {
         let now = Instant::now();
         assert_eq!(millis(&mut pace, 5, now), 30_000);
         pace.note(known(7), now);
-        let pauses: Vec<_> = (0..12).map(|_| millis(&mut pace, 6, now)).collect();
-        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000]);
+        let pauses: Vec<_> = (0..34).map(|_| millis(&mut pace, 6, now)).collect();
+        assert_eq!(pauses[..12], [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]);
+        assert_eq!(pauses[30..], [201, 250, 250, 250]);
         assert_eq!(millis(&mut pace, 7, now), 30_000);
         // One that never comes is given up.
         pace.note(known(9), now);
-        assert_eq!(millis(&mut pace, 7, now), 1);
+        assert_eq!(millis(&mut pace, 7, now), 0);
         let late = now + PATIENCE + SECOND;
         assert!(pace.is_due(true, late));
         assert_eq!(millis(&mut pace, 7, late), 30_000);
@@ -209,14 +213,14 @@ mod tests {
 
     #[test]
     fn for_what_has_no_sequence_looks_get_rarer_up_to_the_interval() {
-        let mut pace = Pace::new(SECOND / 10);
+        let mut pace = Pace::new(SECOND / 100);
         let now = Instant::now();
         pace.note(UNKNOWN, now);
-        let pauses: Vec<_> = (0..8).map(|_| millis(&mut pace, 6, now)).collect();
-        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 64, 30_000]);
+        let pauses: Vec<_> = (0..18).map(|_| millis(&mut pace, 6, now)).collect();
+        assert_eq!(pauses[14..], [5, 7, 8, 30_000]);
         pace.note(UNKNOWN, now);
         pace.note(known(3), now);
-        assert_eq!(millis(&mut pace, 6, now), 1, "the unknown one is left");
+        assert_eq!(millis(&mut pace, 6, now), 0, "the unknown one is left");
     }
 
     #[test]

@@ -201,6 +201,7 @@ fn server() -> &'static Server {
 
 /// What the users of our own servers log in with.
 const USER: &str = "ctlfs";
+const FOLLOWER: &str = "follower";
 const PASSWORD: &str = "p@ss:w/rd'%";
 
 fn start() -> Server {
@@ -260,7 +261,7 @@ fn install(directory: &Path) {
     );
     let user = format!("'{USER}'@'127.0.0.1'");
     let init = format!(
-        "CREATE USER IF NOT EXISTS {user} IDENTIFIED BY '{}';\nGRANT ALL ON *.* TO {user};\n",
+        "CREATE USER IF NOT EXISTS {user} IDENTIFIED BY '{}';\nGRANT ALL ON *.* TO {user} WITH GRANT OPTION;\n",
         PASSWORD.replace('\'', "''")
     );
     std::fs::write(directory.join("init.sql"), init).unwrap();
@@ -304,9 +305,16 @@ fn launch(directory: &Path, options: &[String], port: u16) -> Option<Child> {
         .args(options)
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        // A Ctrl-C at the terminal is for the tests; the server goes when they have gone.
-        .process_group(0);
+        .stderr(log);
+    // A Ctrl-C at the terminal is for the tests; the server goes when they have gone. In a session
+    // of its own, as a server is, it also gets its share of a busy machine.
+    // SAFETY: setsid is one of the calls that are allowed between fork and exec.
+    unsafe {
+        command.pre_exec(|| match libc::setsid() {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
     let mut child = command
         .spawn()
         .expect("mariadbd cannot be run: the tests need MariaDB's server");
@@ -340,7 +348,7 @@ pub struct PrivateServer {
 impl PrivateServer {
     /// Starts a server that writes a binlog, with more options of mariadbd's.
     pub fn with_binlog(options: &[&str]) -> Self {
-        let binlog = ["--log-bin=binlog", "--server-id=1"];
+        let binlog = ["--log-bin=binlog", "--server-id=1", "--userstat=1"];
         Self::start(&[&binlog, options].concat())
     }
 
@@ -397,6 +405,35 @@ impl PrivateServer {
     /// Runs statements of an administrator's.
     pub fn run(&self, sql: &str) {
         run(&own_server(self.port), None, sql);
+    }
+
+    /// A user with the privileges that following `database` takes, and no others; its URL.
+    pub fn follower(&self, database: &TestDatabase) -> String {
+        let user = format!("'{FOLLOWER}'@'127.0.0.1'");
+        for sql in [
+            format!("CREATE USER IF NOT EXISTS {user} IDENTIFIED BY 'follow'"),
+            format!(
+                "GRANT SELECT ON {}.ctlstore_dml_ledger TO {user}",
+                database.name
+            ),
+            format!("GRANT REPLICATION SLAVE, REPLICATION CLIENT ON *.* TO {user}"),
+        ] {
+            self.run(&sql);
+        }
+        database.url_of(FOLLOWER, "follow")
+    }
+
+    /// How many SELECTs the user of [`PrivateServer::follower`] has sent.
+    pub fn selects_of_followers(&self) -> u64 {
+        let sql = format!(
+            "SELECT select_commands FROM information_schema.user_statistics \
+             WHERE user = '{FOLLOWER}'"
+        );
+        let count: Option<u64> = block_on(async {
+            let mut conn = connect(&own_server(self.port), None).await;
+            conn.query_first(sql).await.unwrap()
+        });
+        count.unwrap_or(0)
     }
 
     /// The value of a status variable that is a number.

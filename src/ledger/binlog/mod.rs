@@ -18,6 +18,7 @@ use mysql_async::prelude::Queryable;
 use mysql_async::{BinlogStream, BinlogStreamRequest, Conn, Error, Opts, OptsBuilder, Row};
 use tokio::runtime::Runtime;
 use tokio::sync::{Notify, watch};
+use tracing::{debug, trace};
 
 use super::OriginError;
 use super::push::{Listener, Push, PushState};
@@ -32,7 +33,7 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 const SILENCE: Duration = Duration::from_secs(3);
 /// The first pause before the stream is made again, and the longest while the server is away.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(3);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// The pause when there is no binlog to read or no privilege to, which only a person changes.
 const OFF_PAUSE: Duration = Duration::from_secs(60);
 /// The most that a position in COM_BINLOG_DUMP can be.
@@ -211,8 +212,13 @@ impl BinlogPush {
                 listener.contact(false);
                 listener.changed(None);
             }
-            match tracker.event(event.header().event_type_raw(), event.data()) {
-                Told::Changed(seq) => listener.changed(seq),
+            let kind = event.header().event_type_raw();
+            trace!(kind, bytes = event.data().len(), "binlog event");
+            match tracker.event(kind, event.data()) {
+                Told::Changed(seq) => {
+                    debug!(?seq, "the binlog tells of a change of the ledger");
+                    listener.changed(seq);
+                }
                 Told::Quiet => {
                     contact = Instant::now();
                     listener.contact(true);
