@@ -23,6 +23,11 @@ impl Sample {
         result
     }
 
+    /// Adds an operation that was timed elsewhere.
+    pub fn add(&mut self, took: Duration) {
+        self.0.push(u64::try_from(took.as_nanos()).unwrap());
+    }
+
     /// The `q` quantile in microseconds.
     pub fn quantile(&mut self, q: f64) -> f64 {
         self.0.sort_unstable();

@@ -11,7 +11,9 @@ use crate::pace::jitter;
 const SAFETY_NET: Duration = Duration::from_secs(30);
 /// The first pause between looks for something that was announced. Each is a quarter longer than
 /// the one before, so that what takes a while to show is found a quarter later at most.
-const FIRST_PAUSE: Duration = Duration::from_micros(250);
+const FIRST_PAUSE: Duration = Duration::from_micros(500);
+/// The shortest pause once something was found: most likely that was it.
+const AFTER_FIND: Duration = Duration::from_millis(5);
 /// The longest pause between such looks, unless the interval is shorter.
 const LAST_PAUSE: Duration = Duration::from_millis(250);
 /// For how long an announced sequence is looked for.
@@ -75,6 +77,9 @@ impl Pace {
 
     /// Notes that a look found entries up to `last`.
     pub(super) fn found(&mut self, last: Seq, pushed: bool, now: Instant) {
+        if self.hunt.known.is_none_or(|seq| seq <= last) {
+            self.hunt.pause = self.hunt.pause.max(AFTER_FIND);
+        }
         if pushed && self.due && self.polled.is_some() && self.hunt.since.is_none() {
             self.untold = Some((last, now));
         }
@@ -199,9 +204,9 @@ mod tests {
         let now = Instant::now();
         assert_eq!(millis(&mut pace, 5, now), 30_000);
         pace.note(known(7), now);
-        let pauses: Vec<_> = (0..34).map(|_| millis(&mut pace, 6, now)).collect();
-        assert_eq!(pauses[..12], [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]);
-        assert_eq!(pauses[30..], [201, 250, 250, 250]);
+        let pauses: Vec<_> = (0..31).map(|_| millis(&mut pace, 6, now)).collect();
+        assert_eq!(pauses[..10], [0, 0, 0, 0, 1, 1, 1, 2, 2, 3]);
+        assert_eq!(pauses[27..], [206, 250, 250, 250]);
         assert_eq!(millis(&mut pace, 7, now), 30_000);
         // One that never comes is given up.
         pace.note(known(9), now);
@@ -216,11 +221,17 @@ mod tests {
         let mut pace = Pace::new(SECOND / 100);
         let now = Instant::now();
         pace.note(UNKNOWN, now);
-        let pauses: Vec<_> = (0..18).map(|_| millis(&mut pace, 6, now)).collect();
-        assert_eq!(pauses[14..], [5, 7, 8, 30_000]);
+        let pauses: Vec<_> = (0..15).map(|_| millis(&mut pace, 6, now)).collect();
+        assert_eq!(pauses[11..], [5, 7, 9, 30_000]);
         pace.note(UNKNOWN, now);
         pace.note(known(3), now);
         assert_eq!(millis(&mut pace, 6, now), 0, "the unknown one is left");
+        pace.found(Seq::new(6), true, now);
+        assert_eq!(
+            millis(&mut pace, 6, now),
+            5,
+            "what was found may be something else"
+        );
     }
 
     #[test]

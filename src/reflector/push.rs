@@ -130,3 +130,23 @@ impl Listener for Ear {
         self.stop.on_stop(call);
     }
 }
+
+/// Says, once for each stream, that it does not tell of everything.
+pub(super) fn distrust(board: &StatusBoard, poll_interval: Duration) {
+    let reason = "an entry appeared that push did not tell of: the server that is followed may not \
+                  write what it replicates to its binlog (log_slave_updates), or the writer turned \
+                  it off (sql_log_bin)";
+    let mut new = false;
+    board.update(|p| {
+        if p.push.state == PushState::On && p.push.reason.is_none() {
+            p.push.reason = Some(reason.into());
+            new = true;
+        }
+    });
+    if new {
+        warn!(
+            "polling every {} besides: {reason}",
+            humantime::format_duration(poll_interval)
+        );
+    }
+}

@@ -132,7 +132,9 @@ impl Reflector {
                     let pushed = pushed && step == Step::Idle;
                     let seen = self.source.seen();
                     let rest = pace.rest(seen, pushed, Instant::now(), random());
-                    self.note_distrust(&pace);
+                    if pace.distrusts() {
+                        push::distrust(&self.board, self.settings.poll_interval);
+                    }
                     stop.wait_timeout(rest);
                 }
                 Ok(Step::Stopped) => break,
@@ -179,26 +181,6 @@ impl Reflector {
             pace.trust();
         }
         pushed
-    }
-
-    /// Says, once, that push does not tell of everything.
-    fn note_distrust(&self, pace: &Pace) {
-        let reason = "an entry appeared that push did not tell of: the server that is followed may \
-                      not write what it replicates to its binlog (log_slave_updates), or the \
-                      writer turned it off (sql_log_bin)";
-        let mut new = false;
-        self.board.update(|p| {
-            if pace.distrusts() && p.push.state == PushState::On && p.push.reason.is_none() {
-                p.push.reason = Some(reason.into());
-                new = true;
-            }
-        });
-        if new {
-            warn!(
-                "polling every {} besides: {reason}",
-                humantime::format_duration(self.settings.poll_interval)
-            );
-        }
     }
 
     /// One step, with its outcome on the board and in the log.

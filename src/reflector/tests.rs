@@ -1,5 +1,7 @@
 //! The reflector against a ledger in memory that can be made to misbehave.
 
+mod pushed;
+
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -8,6 +10,7 @@ use rusqlite::Connection;
 
 use super::*;
 use crate::ldb::LdbWriter;
+use crate::ledger::push::Push;
 use crate::ledger::{Entry, Origin, OriginError};
 use crate::model::{LedgerTime, Seq};
 use crate::status::{Problem, ProblemKind, StatusBoard};
@@ -25,6 +28,8 @@ struct State {
     fetches: usize,
     /// Called at each fetch with its number.
     at_fetch: Option<Box<dyn FnMut(usize) + Send>>,
+    /// What [`Origin::push`] gives, once.
+    push: Option<Box<dyn Push>>,
     /// What [`Origin::seqs_between`] was asked for.
     looks: Vec<(u64, u64)>,
 }
@@ -103,6 +108,10 @@ impl Origin for Ledger {
 
     fn describe(&self) -> String {
         "memory".into()
+    }
+
+    fn push(&self, _: Duration) -> Option<Box<dyn Push>> {
+        self.state(|s| s.push.take())
     }
 }
 
