@@ -15,7 +15,7 @@ use std::ffi::CString;
 use std::sync::Arc;
 
 use super::announcer::{Job, Step};
-use super::announcing::{MAX_SUPERSEDED, Target};
+use super::announcing::Target;
 use super::server::Server;
 use super::state::{State, View};
 use crate::model::{
@@ -26,6 +26,8 @@ use crate::tree::node::{Node, RowFile, TableFile};
 
 /// A transaction of more changed rows than this is announced by the `.seq` of its tables only.
 const MAX_CHANGES: usize = 1000;
+/// The same holds for one that would take more than so many renames, which take a second or so.
+const MAX_STEPS: usize = 10_000;
 
 /// What happens to a place.
 enum Act {
@@ -34,14 +36,19 @@ enum Act {
     Make(Node),
 }
 
+/// What the kernel still holds of what the commit superseded.
+struct Known {
+    old: HashMap<Node, u64>,
+    /// What is above those: a watch holds an inode, and nothing of the way to it.
+    above: HashSet<Node>,
+}
+
 /// Collects jobs, under the lock of the state.
 struct Plan<'a> {
     state: &'a mut State,
     before: &'a Catalog,
     after: Arc<Catalog>,
-    old: HashMap<Node, u64>,
-    /// What is above those: a watch holds an inode, and nothing of the way to it.
-    above: HashSet<Node>,
+    known: Known,
     /// The directory that the last job is for.
     last: Option<Node>,
     jobs: Vec<Job>,
@@ -50,7 +57,13 @@ struct Plan<'a> {
 impl Server {
     /// What is to be announced of a commit that has happened; `before` are the tables as they were.
     /// From now on the announcing thread is answered accordingly.
-    pub(super) fn plan_announcement(&self, changes: &ChangeSet, before: &Catalog) -> Vec<Job> {
+    /// `missed` are tables of earlier commits of which nothing could be announced.
+    pub(super) fn plan_announcement(
+        &self,
+        changes: &ChangeSet,
+        before: &Catalog,
+        missed: &HashSet<TableRef>,
+    ) -> Vec<Job> {
         let (old, view) = {
             let mut state = self.state();
             if !state.announcing.on {
@@ -67,12 +80,7 @@ impl Server {
                 Extent::Rows { rows, .. } => rows.len(),
             })
             .sum();
-        let few = rows <= MAX_CHANGES && old.len() < MAX_SUPERSEDED;
-        let acts = self.acts(changes, &view, before, &old, few);
-        let old: HashMap<Node, u64> = old
-            .into_iter()
-            .filter(|(node, _)| few || matches!(node, Node::TableFile(..) | Node::Export(..)))
-            .collect();
+        let old: HashMap<Node, u64> = old.into_iter().collect();
         let mut above = HashSet::new();
         for node in old.keys() {
             let mut node = node.parent();
@@ -80,13 +88,21 @@ impl Server {
                 node = node.parent();
             }
         }
+        let known = Known { old, above };
+        let mut acts = self.acts(changes, &view, before, &known, rows <= MAX_CHANGES);
+        if acts.len() > MAX_STEPS {
+            acts = self.acts(changes, &view, before, &known, false);
+        }
+        for table in missed.iter().filter(|t| view.catalog.get(t).is_some()) {
+            let seq = TableFile::Seq;
+            acts.push(Act::Replace(Node::TableFile(Arc::new(table.clone()), seq)));
+        }
         let mut state = self.state();
         let mut plan = Plan {
             state: &mut state,
             before,
             after: view.catalog,
-            old,
-            above,
+            known,
             last: None,
             jobs: Vec::new(),
         };
@@ -107,7 +123,7 @@ impl Server {
         changes: &ChangeSet,
         view: &View,
         before: &Catalog,
-        old: &[(Node, u64)],
+        known: &Known,
         few: bool,
     ) -> Vec<Act> {
         let after = &view.catalog;
@@ -141,7 +157,7 @@ impl Server {
                     made.sort_by_key(|prefix| prefix.len());
                     acts.extend(made.into_iter().map(|p| Act::Make(directory(&name, p))));
                     for row in rows {
-                        self.row_acts(view, &name, row, &mut acts);
+                        self.row_acts(view, &name, row, known, &mut acts);
                     }
                     let gone = dirs.iter().filter(|d| !d.exists);
                     let mut gone: Vec<_> = gone.map(|d| &d.prefix).collect();
@@ -151,7 +167,7 @@ impl Server {
                 Extent::Rows { .. } => {}
                 // Otherwise so many rows changed that they were not kept.
                 Extent::Whole if few && before.get(table) != after.get(table) => {
-                    self.whole_acts(view, &name, old, &mut acts);
+                    self.whole_acts(view, &name, known, &mut acts);
                 }
                 Extent::Whole => {}
             }
@@ -177,6 +193,7 @@ impl Server {
         view: &View,
         table: &Arc<TableRef>,
         change: &RowChange,
+        known: &Known,
         acts: &mut Vec<Act>,
     ) {
         let row = directory(table, &change.key);
@@ -191,7 +208,7 @@ impl Server {
                 acts.push(Act::Remove(row.clone()));
             }
             RowKind::Updated => {
-                if self.state().ino(&row).is_none() {
+                if self.state().ino(&row).is_none() && !known.above.contains(&row) {
                     return;
                 }
                 let loaded = match view.catalog.get(table) {
@@ -218,16 +235,10 @@ impl Server {
     }
 
     /// A table that changed as a whole: every file of it that was known is another one now.
-    fn whole_acts(
-        &self,
-        view: &View,
-        table: &Arc<TableRef>,
-        old: &[(Node, u64)],
-        acts: &mut Vec<Act>,
-    ) {
+    fn whole_acts(&self, view: &View, table: &Arc<TableRef>, known: &Known, acts: &mut Vec<Act>) {
         let of_table =
             |node: &&Node| matches!(node, Node::Dir(t, _) | Node::RowFile(t, _, _) if t == table);
-        let mut nodes: Vec<&Node> = old.iter().map(|(node, _)| node).filter(of_table).collect();
+        let mut nodes: Vec<&Node> = known.old.keys().filter(of_table).collect();
         if nodes.len() > MAX_CHANGES {
             return;
         }
@@ -251,15 +262,15 @@ impl Plan<'_> {
         let (Act::Replace(node) | Act::Remove(node) | Act::Make(node)) = &act;
         let parent = node.parent();
         // A directory that is gone is known by the inode it had.
-        let known = self.state.ino(&parent).is_some() || self.old.contains_key(&parent);
-        if !known && !self.old.contains_key(node) && !self.above.contains(node) {
+        let known = self.state.ino(&parent).is_some() || self.known.old.contains_key(&parent);
+        if !known && !self.known.old.contains_key(node) && !self.known.above.contains(node) {
             return;
         }
         let Some(name) = self.name(node) else { return };
         let Ok(text) = CString::new(name.clone()) else {
             return;
         };
-        let old = self.old.get(node).copied();
+        let old = self.known.old.get(node).copied();
         let (target, step) = match act {
             Act::Replace(node) => {
                 let announcing = &mut self.state.announcing;

@@ -13,13 +13,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-/// How long an announcement is waited for. Somebody who holds the lock of a directory in the kernel
-/// can hold up an announcement there, but not the next commit.
+/// How long an announcement is waited for, and so much more for each step. Somebody who holds the
+/// lock of a directory in the kernel can hold up an announcement there.
 const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE_A_STEP: Duration = Duration::from_millis(1);
 
 /// What to do in one directory, one after the other.
 #[derive(Debug)]
@@ -65,6 +66,8 @@ pub(super) struct Announcer {
     outcomes: Receiver<Outcome>,
     /// Announcements whose outcome has not come in time.
     overdue: usize,
+    /// Whether the one under way is given up.
+    given_up: Arc<AtomicBool>,
 }
 
 impl Announcer {
@@ -81,6 +84,8 @@ impl Announcer {
         let (jobs, todo) = channel::<Vec<Job>>();
         let (report, outcomes) = channel();
         let (ready, started) = channel();
+        let given_up = Arc::new(AtomicBool::new(false));
+        let stop = Arc::clone(&given_up);
         std::thread::Builder::new()
             .name("announcer".into())
             .spawn(move || {
@@ -93,7 +98,7 @@ impl Announcer {
                 };
                 let _ = ready.send(Ok(()));
                 while let Ok(jobs) = todo.recv() {
-                    if report.send(place.announce(&jobs)).is_err() {
+                    if report.send(place.announce(&jobs, &stop)).is_err() {
                         break;
                     }
                 }
@@ -104,6 +109,7 @@ impl Announcer {
                 jobs,
                 outcomes,
                 overdue: 0,
+                given_up,
             }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(io::Error::other("its thread ended")),
@@ -121,10 +127,15 @@ impl Announcer {
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => return Err(ended()),
             }
         }
+        let steps: usize = jobs.iter().map(|job| job.steps.len()).sum();
+        let steps = u32::try_from(steps).unwrap_or(u32::MAX);
+        self.given_up.store(false, Ordering::Release);
         self.jobs.send(jobs).map_err(|_| ended())?;
-        match self.outcomes.recv_timeout(PATIENCE) {
+        let patience = PATIENCE + PATIENCE_A_STEP.saturating_mul(steps);
+        match self.outcomes.recv_timeout(patience) {
             Ok(outcome) => Ok(Some(outcome)),
             Err(RecvTimeoutError::Timeout) => {
+                self.given_up.store(true, Ordering::Release);
                 self.overdue += 1;
                 Ok(None)
             }
@@ -173,7 +184,8 @@ impl Place {
         })
     }
 
-    fn announce(&self, jobs: &[Job]) -> Outcome {
+    /// Does the steps one after the other, until `given_up`.
+    fn announce(&self, jobs: &[Job], given_up: &AtomicBool) -> Outcome {
         let mut outcome = Outcome::default();
         for job in jobs {
             let opened;
@@ -193,6 +205,9 @@ impl Place {
                 }
             };
             for step in &job.steps {
+                if given_up.load(Ordering::Acquire) {
+                    return outcome;
+                }
                 match self.step(directory.as_raw_fd(), step) {
                     Ok(()) => outcome.done += 1,
                     Err(error) => {

@@ -16,7 +16,7 @@ use crate::model::Seq;
 use crate::tree::node::Node;
 
 /// At most so many inodes are remembered as replaced by one flip.
-pub(super) const MAX_SUPERSEDED: usize = 4096;
+pub(super) const MAX_SUPERSEDED: usize = 32_768;
 
 /// What the announcing thread is answered.
 #[derive(Debug, Default)]
@@ -59,7 +59,9 @@ pub(super) enum Target {
 impl Announcing {
     /// Notes that `node` has moved on from `ino`.
     pub(super) fn note(&mut self, node: &Node, ino: u64) {
-        if self.on && self.superseded.len() < MAX_SUPERSEDED {
+        // There are a few of these for each table, and whoever watches for the table has them.
+        let of_table = matches!(node, Node::TableFile(..) | Node::Export(..));
+        if self.on && (of_table || self.superseded.len() < MAX_SUPERSEDED) {
             self.superseded.push((node.clone(), ino));
         }
     }
@@ -85,6 +87,16 @@ impl Server {
     /// Whether a request of the thread `tid` is the announcing thread's.
     pub(super) fn is_announcer(&self, tid: u32) -> bool {
         tid != 0 && self.announcer.load(Ordering::Acquire) == tid
+    }
+
+    /// Whether the removal of `name` from `parent` is to be announced. The announcing thread may be
+    /// late, and the place have come back meanwhile.
+    pub(super) fn announces_removal(&self, parent: u64, name: &[u8]) -> bool {
+        let state = self.state();
+        let target = state
+            .slot(parent)
+            .and_then(|slot| state.announcing.target(parent, &slot.node, name));
+        matches!(target, Some(Target::Going(..)))
     }
 
     /// A name as the announcing thread sees it.

@@ -215,10 +215,8 @@ impl State {
             for collection in Collection::ALL {
                 let node = Node::CollectionFamily(collection, family.clone());
                 plan.attributes.extend(self.ino(&node));
-                if before.has_family(family) != after.has_family(family)
-                    && let Some(parent) = self.ino(&Node::Collection(collection))
-                {
-                    self.collect_node(&mut plan, parent, node);
+                if before.has_family(family) != after.has_family(family) {
+                    self.collect_node(&mut plan, node);
                 }
             }
         }
@@ -264,10 +262,8 @@ impl State {
         plan.entries.extend(self.absent_in(of_table));
         for file in ExportFile::ALL {
             let node = Node::Export(Arc::new(table.clone()), file);
-            if let Some(parent) = self.ino(&node.parent())
-                && self.ino(&node).is_none()
-            {
-                self.collect_node(&mut plan, parent, node);
+            if self.ino(&node).is_none() {
+                self.collect_node(&mut plan, node);
             }
         }
         if let Some(family) = self.ino(&Node::Family(table.family.clone())) {
@@ -284,21 +280,16 @@ impl State {
     /// What the kernel may hold of the changed rows of a table; once, for the table itself.
     pub(super) fn collect_rows_table(&mut self, table: &Arc<TableRef>) -> Plan {
         let mut plan = Plan::default();
-        if let Some(directory) = self.ino(&Node::Table(Arc::clone(table))) {
-            plan.attributes.push(directory);
-            let schema = Node::TableFile(Arc::clone(table), TableFile::Schema);
-            plan.attributes.extend(self.ino(&schema));
-            self.collect_node(
-                &mut plan,
-                directory,
-                Node::TableFile(Arc::clone(table), TableFile::Seq),
-            );
-        }
+        let schema = Node::TableFile(Arc::clone(table), TableFile::Schema);
+        let same = [Node::Table(Arc::clone(table)), schema];
+        plan.attributes
+            .extend(same.iter().filter_map(|node| self.ino(node)));
+        self.collect_node(
+            &mut plan,
+            Node::TableFile(Arc::clone(table), TableFile::Seq),
+        );
         for file in ExportFile::ALL {
-            let node = Node::Export(Arc::clone(table), file);
-            if let Some(parent) = self.ino(&node.parent()) {
-                self.collect_node(&mut plan, parent, node);
-            }
+            self.collect_node(&mut plan, Node::Export(Arc::clone(table), file));
         }
         plan
     }
@@ -316,48 +307,49 @@ impl State {
         let Node::Dir(_, key) = &row else { return };
         // The directory of a row that comes may be known too: one that a process stayed in while
         // the table was cleared. The kernel may hold there that the files are absent.
-        if let Some(directory) = self.ino(&row) {
-            let files = (0..fields)
-                .filter_map(RowFile::field)
-                .chain([RowFile::Json]);
-            for file in files {
-                let node = Node::RowFile(Arc::clone(table), Arc::clone(key), file);
-                if self.touch(&node) == Touch::Entry {
-                    self.collect_node(plan, directory, node);
-                } else if let Some(ino) = self.ino(&node) {
-                    plan.attributes.push(ino);
-                }
+        let files = (0..fields)
+            .filter_map(RowFile::field)
+            .chain([RowFile::Json]);
+        for file in files {
+            let node = Node::RowFile(Arc::clone(table), Arc::clone(key), file);
+            if self.touch(&node) == Touch::Entry {
+                self.collect_node(plan, node);
+            } else if let Some(ino) = self.ino(&node) {
+                plan.attributes.push(ino);
             }
-            plan.attributes.push(directory);
         }
+        plan.attributes.extend(self.ino(&row));
         if kind != RowKind::Updated {
-            self.collect_dir(plan, row);
+            self.collect_node(plan, row);
         }
     }
 
-    /// What the kernel may hold of a key directory that comes or goes.
-    pub(super) fn collect_dir(&mut self, plan: &mut Plan, node: Node) {
-        if let Some(parent) = self.ino(&node.parent()) {
-            self.collect_node(plan, parent, node);
-        }
-    }
-
-    fn collect_node(&mut self, plan: &mut Plan, parent: u64, node: Node) {
-        let Some(name) = node.name(&self.view().catalog) else {
-            return;
-        };
+    /// A file may be known whose directory is not: a watch holds an inode, and nothing of the way to
+    /// it.
+    pub(super) fn collect_node(&mut self, plan: &mut Plan, node: Node) {
+        let parent = self.ino(&node.parent());
         match self.ino(&node) {
             Some(ino) => {
                 plan.attributes.push(ino);
-                plan.entries.push((parent, name));
+                if let Some(parent) = parent
+                    && let Some(name) = node.name(&self.view().catalog)
+                {
+                    plan.entries.push((parent, name));
+                }
                 self.collected(ino);
                 // What is made when it is asked for is kept from then on; before, there is nothing.
                 if !node.is_dir() && !node.is_lazy() {
                     plan.keep.push((ino, node));
                 }
             }
-            None if self.is_absent(parent, &name) => plan.entries.push((parent, name)),
-            None => {}
+            None => {
+                if let Some(parent) = parent
+                    && let Some(name) = node.name(&self.view().catalog)
+                    && self.is_absent(parent, &name)
+                {
+                    plan.entries.push((parent, name));
+                }
+            }
         }
     }
 

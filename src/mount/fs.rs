@@ -166,6 +166,15 @@ fn reply_entry(reply: ReplyEntry, entry: Result<Lookup, Fault>) {
     }
 }
 
+/// Answers the announcing thread.
+fn reply_removal(reply: ReplyEmpty, server: &Server, parent: INodeNo, name: &OsStr) {
+    if server.announces_removal(parent.0, name.as_bytes()) {
+        reply.ok();
+    } else {
+        reply.error(Errno::ENOENT);
+    }
+}
+
 fn reply_xattr(reply: ReplyXattr, size: u32, value: Result<Vec<u8>, Fault>) {
     match value {
         Err(fault) => reply.error(errno(&fault)),
@@ -387,7 +396,7 @@ impl Filesystem for Fs {
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         self.answer(Operation::Other, parent, |server| {
             if server.is_announcer(request.pid()) {
-                return reply.ok();
+                return reply_removal(reply, server, parent, name);
             }
             match server.remove_pin(parent.0, name.as_bytes()) {
                 Ok(()) => reply.ok(),
@@ -396,10 +405,10 @@ impl Filesystem for Fs {
         });
     }
 
-    fn unlink(&self, request: &Request, parent: INodeNo, _: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         self.answer(Operation::Other, parent, |server| {
             if server.is_announcer(request.pid()) {
-                reply.ok();
+                reply_removal(reply, server, parent, name);
             } else {
                 reply.error(Errno::EROFS);
             }

@@ -5,6 +5,7 @@
 //! there, which need this daemon's workers. So none is sent while the state's lock is held, and no
 //! worker ever waits for this thread.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -16,7 +17,7 @@ use fuser::{INodeNo, Notifier};
 use super::announcer::{Announcer, Job};
 use super::flip::Plan;
 use super::server::Server;
-use crate::model::{Catalog, ChangeSet, Extent};
+use crate::model::{Catalog, ChangeSet, Extent, TableRef};
 use crate::reflector::CommitObserver;
 use crate::tree::node::Node;
 
@@ -58,6 +59,8 @@ pub(super) struct Flipper<K> {
     complained: bool,
     /// Whether a failed announcement was logged already.
     announcement_failed: bool,
+    /// Tables that changed and were not announced: their `.seq` comes with the next announcement.
+    missed: HashSet<TableRef>,
 }
 
 impl<K: Kernel> Flipper<K> {
@@ -70,6 +73,7 @@ impl<K: Kernel> Flipper<K> {
             attributes: Vec::new(),
             complained: false,
             announcement_failed: false,
+            missed: HashSet::new(),
         }
     }
 
@@ -157,7 +161,7 @@ impl<K: Kernel> Flipper<K> {
                     let mut plan = Plan::default();
                     for dir in dirs {
                         let node = Node::Dir(Arc::clone(&table), dir.prefix.as_ref().into());
-                        self.server.state().collect_dir(&mut plan, node);
+                        self.server.state().collect_node(&mut plan, node);
                     }
                     self.carry_out(plan);
                 }
@@ -170,7 +174,10 @@ impl<K: Kernel> Flipper<K> {
     /// Raises the events of a commit that has happened. No lock that a worker needs is held: the
     /// announcing thread is served by the workers.
     fn announce(&mut self, changes: &ChangeSet) {
-        let jobs = self.server.plan_announcement(changes, &self.before);
+        let missed = std::mem::take(&mut self.missed);
+        let jobs = self
+            .server
+            .plan_announcement(changes, &self.before, &missed);
         if jobs.is_empty() {
             self.server.end_announcement();
             return;
@@ -199,6 +206,9 @@ impl<K: Kernel> Flipper<K> {
         let Some((failed, error)) = failure else {
             return;
         };
+        self.missed = missed;
+        self.missed
+            .extend(changes.tables.iter().map(|change| change.table.clone()));
         self.server.announced.fail(failed);
         if self.server.state().announcing.on
             && !std::mem::replace(&mut self.announcement_failed, true)

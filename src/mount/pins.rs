@@ -238,10 +238,13 @@ impl Pins {
         table.check(name)?;
         table.last += 1;
         let id = PinId(table.last);
-        if table.live().next().is_none() {
+        // While the log is still to be made small, it counts from where it was small.
+        if table.live().next().is_none() && !table.shrink {
             table.log_before = log;
         }
-        table.shrink = false;
+        if log.saturating_sub(table.log_before) > self.limits.max_space {
+            return Err(Fault::TooManyPins);
+        }
         table.entries.insert(
             id,
             Entry {

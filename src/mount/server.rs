@@ -262,8 +262,12 @@ impl Server {
                 }));
                 continue;
             }
-            let lazy = node.is_lazy();
+            let (lazy, is_file) = (node.is_lazy(), !node.is_dir());
             let mut entered = state.enter(node, fingerprint);
+            if is_file && state.announcing.pending && Some(parent) != state.announcing.stage {
+                // The kernel has to ask again when this name is the target of an announcement.
+                entered.entry_ttl = Duration::ZERO;
+            }
             let mut size = None;
             if lazy {
                 let slot = state.slot(entered.ino);

@@ -391,3 +391,17 @@ fn a_version_that_is_kept_still_tells_its_sequence() {
         before
     );
 }
+
+#[test]
+fn a_watched_file_moves_on_though_its_directory_was_forgotten() {
+    let mut world = World::new(&[TABLE, ROW]);
+    let (before, _) = world.walk("app/flags/a/note").unwrap();
+    let (directory, _) = world.walk("app/flags/a").unwrap();
+    // Both walks looked the directory up. A watch on the file keeps the file only.
+    world.server.forget(directory.ino, 2);
+    world.commit(&[NEXT]);
+    let (after, _) = world.walk("app/flags/a/note").unwrap();
+    assert_ne!(before.ino, after.ino);
+    assert_eq!(world.read(before.ino), "old");
+    assert_eq!(world.read(after.ino), "newer");
+}

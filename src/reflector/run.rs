@@ -118,20 +118,21 @@ impl Reflector {
             push::start(push, stop, &self.board, self.settings.poll_interval);
         }
         let mut backoff = Backoff::new(AFTER_FAILURE);
+        // The end of a transaction is waited for with less patience.
+        let mut waiting = false;
         while !stop.is_stopped() {
             let pushed = self.is_pushed(&mut pace);
             pace.note(stop.take_wakes(), Instant::now());
-            self.due = pace.is_due(pushed, Instant::now());
+            self.due = pace.is_due(pushed && !waiting, Instant::now());
             match self.attempt(stop) {
                 // What was fetched may fail again: that is no reason to hurry.
                 Ok(Step::Fetched) => pace.found(self.source.seen(), pushed, Instant::now()),
                 Ok(Step::Applied) => backoff.reset(),
                 Ok(step @ (Step::Idle | Step::Waiting)) => {
                     backoff.reset();
-                    // The end of a transaction is waited for with less patience.
-                    let pushed = pushed && step == Step::Idle;
+                    waiting = step == Step::Waiting;
                     let seen = self.source.seen();
-                    let rest = pace.rest(seen, pushed, Instant::now(), random());
+                    let rest = pace.rest(seen, pushed && !waiting, Instant::now(), random());
                     if pace.distrusts() {
                         push::distrust(&self.board, self.settings.poll_interval);
                     }
