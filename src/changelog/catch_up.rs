@@ -22,66 +22,156 @@ pub(super) fn read<E: From<rusqlite::Error>>(
     from: Seq,
     mut take: impl FnMut(Missed<'_>) -> Result<(), E>,
 ) -> Result<Seq, E> {
-    let catalog = reader.catalog()?;
-    let shown = |name: &str| catalog.value.tables().any(|t| t.name.sql_name() == name);
-    if reader
-        .journaled_tables(from)?
-        .iter()
-        .any(|name| !shown(name))
-    {
-        // It is gone, and its rows with it.
+    let found = reader.tables_since(from)?;
+    let (catalog, lost) = found.value;
+    if lost {
+        // The table is gone, and its rows with it.
         take(Missed::Unknown)?;
     }
-    for table in catalog.value.tables() {
+    for table in catalog.tables() {
         // Read after the position: of it or later, so nothing up to there is missing.
         if reader.table_mark(table)?.value.seq <= from {
             continue;
         }
-        match journaled(&reader.journal(table)?.value, table, from) {
-            Some(lines) => {
-                for line in &lines {
-                    take(Missed::Row(line))?;
-                }
-            }
-            None => {
-                take(Missed::Unknown)?;
-                let mut result = Ok(());
-                let key: Vec<usize> = table.schema.key().to_vec();
-                reader.scan(
-                    table,
-                    |_| true,
-                    |values| {
-                        let key: Vec<_> = key
-                            .iter()
-                            .filter_map(|index| values.get(*index).cloned())
-                            .collect();
-                        result = take(Missed::Row(&Line::new(table, &key)));
-                        result.is_ok()
-                    },
-                )?;
-                result?;
-            }
+        let told = Told::of(&reader.journal(table)?.value, table, from).unwrap_or(Told::NOTHING);
+        if told.unknown {
+            take(Missed::Unknown)?;
+        }
+        for line in &told.lines {
+            take(Missed::Row(line))?;
+        }
+        if told.all {
+            let mut result = Ok(());
+            let key: Vec<usize> = table.schema.key().to_vec();
+            reader.scan(
+                table,
+                |_| true,
+                |values| {
+                    let key: Vec<_> = key
+                        .iter()
+                        .filter_map(|index| values.get(*index).cloned())
+                        .collect();
+                    result = take(Missed::Row(&Line::new(table, &key)));
+                    result.is_ok()
+                },
+            )?;
+            result?;
         }
     }
-    Ok(catalog.seq)
+    Ok(found.seq)
 }
 
-/// The rows that a table's journal tells of behind `from`; `None` if it does not tell of them all.
-fn journaled(journal: &[u8], table: &Table, from: Seq) -> Option<Vec<Line>> {
-    let mut lines = journal.split(|b| *b == b'\n').filter(|l| !l.is_empty());
-    let header: Json = serde_json::from_slice(lines.next()?).ok()?;
-    if header["floor"].as_u64()? > from.get() {
-        return None;
-    }
-    let mut keys = Vec::new();
-    for line in lines {
-        let line: Json = serde_json::from_slice(line).ok()?;
-        if line["seq"].as_u64()? <= from.get() {
-            continue;
+/// What a table's journal tells.
+struct Told {
+    /// The rows that changed, as far as they are listed.
+    lines: Vec<Line>,
+    /// Whether every row that is there may have changed.
+    all: bool,
+    /// Whether rows may have gone that are not listed.
+    unknown: bool,
+}
+
+impl Told {
+    const NOTHING: Told = Told {
+        lines: Vec::new(),
+        all: true,
+        unknown: true,
+    };
+
+    /// What it tells behind `from`; `None` if that is not all.
+    fn of(journal: &[u8], table: &Table, from: Seq) -> Option<Self> {
+        let mut lines = journal.split(|b| *b == b'\n').filter(|l| !l.is_empty());
+        let header: Json = serde_json::from_slice(lines.next()?).ok()?;
+        if header["floor"].as_u64()? > from.get() {
+            return None;
         }
-        for change in line["changes"].as_array()? {
-            keys.push(Line::of_json(table, change["key"].as_array()?));
+        let mut told = Told {
+            lines: Vec::new(),
+            all: false,
+            unknown: false,
+        };
+        for line in lines {
+            let line: Json = serde_json::from_slice(line).ok()?;
+            if line["seq"].as_u64()? <= from.get() {
+                continue;
+            }
+            let counted = line["rows"].is_u64();
+            told.all |= counted;
+            told.unknown |= counted;
+            for event in line["events"].as_array().into_iter().flatten() {
+                match event.as_str()? {
+                    // There was nothing before, and rows that went are listed or counted.
+                    "created" | "cleared" => {}
+                    "altered" => told.all = true,
+                    _ => told.unknown = true,
+                }
+            }
+            for change in line["changes"].as_array().into_iter().flatten() {
+                let key = change["key"].as_array()?;
+                told.lines.push(Line::of_json(table, key));
+            }
+        }
+        Some(told)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Field, FieldType, TableSchema};
+
+    fn told(lines: &str, from: u64) -> Option<(usize, bool, bool)> {
+        let field = Field {
+            name: "id".parse().unwrap(),
+            ty: FieldType::Integer,
+        };
+        let key = ["id".parse().unwrap()];
+        let table = Table {
+            name: "app/items".parse().unwrap(),
+            schema: TableSchema::new(vec![field], &key).unwrap(),
+        };
+        let told = Told::of(lines.as_bytes(), &table, Seq::new(from))?;
+        Some((told.lines.len(), told.all, told.unknown))
+    }
+
+    #[test]
+    fn a_journal_says_how_much_it_tells() {
+        let row = r#"{"seq":5,"changes":[{"key":[1]},{"key":[2]}]}"#;
+        for (lines, from, expected) in [
+            (
+                format!("{{\"floor\":4}}\n{row}\n"),
+                4,
+                Some((2, false, false)),
+            ),
+            (
+                format!("{{\"floor\":4}}\n{row}\n"),
+                5,
+                Some((0, false, false)),
+            ),
+            (format!("{{\"floor\":4}}\n{row}\n"), 3, None),
+            (
+                format!("{{\"floor\":0}}\n{{\"seq\":3,\"events\":[\"created\"]}}\n{row}\n"),
+                0,
+                Some((2, false, false)),
+            ),
+            (
+                "{\"floor\":0}\n{\"seq\":3,\"events\":[\"altered\"]}\n".into(),
+                0,
+                Some((0, true, false)),
+            ),
+            (
+                "{\"floor\":0}\n{\"seq\":3,\"rows\":5000}\n".into(),
+                0,
+                Some((0, true, true)),
+            ),
+            (
+                "{\"floor\":0}\n{\"seq\":3,\"events\":[\"dropped\",\"created\"]}\n".into(),
+                0,
+                Some((0, false, true)),
+            ),
+            ("nonsense".into(), 0, None),
+        ] {
+            assert_eq!(told(&lines, from), expected, "{lines}");
         }
     }
-    Some(keys)
 }

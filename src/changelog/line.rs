@@ -9,7 +9,7 @@ use crate::model::{Table, Value};
 use crate::tree::render;
 
 /// A changed row, without the number that its line gets.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Line(Box<str>);
 
 impl Line {

@@ -95,6 +95,8 @@ impl Observer {
             }
         }
         lines.extend(self.old.drain());
+        // Commits tell their rows in no order.
+        lines.sort_unstable();
         lines
     }
 

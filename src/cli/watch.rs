@@ -26,12 +26,14 @@ use follow::{Follower, Hopeless, Look};
 use notify::Notifier;
 use run::{Ended, Plan, Runner, StateFile, complain};
 
-/// How often a glimpse is taken: at a few tables' sequences, which the kernel has, or at the
-/// position; less often where inotify has told of the last change first.
+/// How often a glimpse is taken: at a few tables' sequences, which the kernel has; less often where
+/// inotify has told of the last change first.
 const GLIMPSE: Duration = Duration::from_millis(2);
 const GLIMPSE_WITH_EVENTS: Duration = Duration::from_millis(25);
-/// Of more tables than a few, and for tables that come, the daemon is asked.
-const THOROUGH: Duration = Duration::from_millis(20);
+/// Of more tables than a few, or when there is none yet, the daemon is asked for its position.
+const GLIMPSE_ASKING: Duration = Duration::from_millis(10);
+/// So it is, now and then, for tables that come.
+const THOROUGH: Duration = Duration::from_millis(100);
 /// How often a tree that is away is looked for.
 const AWAY: Duration = Duration::from_millis(100);
 /// How long a command may go on when the program is told to end, and how long after SIGTERM.
@@ -228,14 +230,12 @@ impl Watch {
         }
         let began = Instant::now();
         let news = self.follower.glimpse(thorough);
-        let base = if self.by_event {
-            GLIMPSE_WITH_EVENTS
-        } else {
-            GLIMPSE
+        let base = match (self.by_event, self.follower.asks()) {
+            (true, _) => GLIMPSE_WITH_EVENTS,
+            (false, true) => GLIMPSE_ASKING,
+            (false, false) => GLIMPSE,
         };
-        self.pause = base
-            .max(began.elapsed().saturating_mul(20))
-            .min(THOROUGH.max(base));
+        self.pause = base.max(began.elapsed().saturating_mul(20)).min(THOROUGH);
         news
     }
 

@@ -15,7 +15,7 @@ use rusqlite::{Connection, OptionalExtension};
 use super::reader::{At, Reader};
 use super::recorder::{MAX_BYTES, MAX_TRANSACTIONS, Recorded, Transaction};
 use super::writer::set_state;
-use crate::model::{Seq, Table, TableRef};
+use crate::model::{Catalog, Seq, Table, TableRef};
 
 /// A segment holds no more transactions than this, and no more bytes unless a single transaction
 /// takes more.
@@ -307,15 +307,25 @@ impl Reader {
         })
     }
 
-    /// The tables, as the database calls them, of which the journal tells something behind `from`,
-    /// whether they are still there or not.
-    pub fn journaled_tables(&mut self, from: Seq) -> rusqlite::Result<Vec<String>> {
-        if !self.has_table("_ctlfs_changes")? {
-            return Ok(Vec::new());
-        }
-        self.connection
-            .prepare_cached("SELECT DISTINCT name FROM _ctlfs_changes WHERE last > ?1")?
-            .query_map([from.to_sql()], |row| row.get(0))?
-            .collect()
+    /// The tables, and whether the journal tells something behind `from` of one that is not there
+    /// any more.
+    pub fn tables_since(&mut self, from: Seq) -> rusqlite::Result<At<(Catalog, bool)>> {
+        self.snapshot(|reader, _| {
+            let catalog = super::catalog::load(&reader.connection)?;
+            if !reader.has_table("_ctlfs_changes")? {
+                return Ok((catalog, false));
+            }
+            let mut statement = reader
+                .connection
+                .prepare_cached("SELECT DISTINCT name FROM _ctlfs_changes WHERE last > ?1")?;
+            let mut names = statement.query([from.to_sql()])?;
+            while let Some(row) = names.next()? {
+                let name = TableRef::from_sql_name(row.get_ref(0)?.as_str()?);
+                if name.is_none_or(|name| catalog.get(&name).is_none()) {
+                    return Ok((catalog, true));
+                }
+            }
+            Ok((catalog, false))
+        })
     }
 }

@@ -16,6 +16,8 @@ use super::journal::{Journal, number};
 use super::target::Target;
 use crate::tree::node::{CONTROL_DIR, TABLE_SEQ};
 
+/// The sequences of so many tables are read each time.
+const FEW: usize = 8;
 /// A tree that shows less than was there before may be catching up again; for so long it is waited
 /// for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -101,14 +103,18 @@ impl Follower {
         directories
     }
 
+    /// Whether every glimpse asks the daemon.
+    pub(super) fn asks(&self) -> bool {
+        self.tables.is_empty() || self.tables.len() > FEW
+    }
+
     /// Whether a look may be worthwhile. Of a few tables, their sequences are read, which the kernel
     /// has; otherwise, and `now and then`, the position, which the daemon is asked for.
     pub(super) fn glimpse(&mut self, thorough: bool) -> bool {
-        const FEW: usize = 8;
         let fixed = |t: &Target| matches!(t, Target::Table(..));
         let few = self.tables.len() <= FEW;
         let mut glance = Vec::new();
-        if thorough || !few || self.tables.is_empty() {
+        if thorough || self.asks() {
             glance.push(fs::read(self.control("seq")).unwrap_or_default());
         } else {
             glance.extend(self.glance.first().cloned());

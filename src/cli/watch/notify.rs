@@ -73,3 +73,26 @@ impl Notifier {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    #[test]
+    fn what_happens_in_a_directory_is_told_once_until_it_was_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let (send, events) = mpsc::channel();
+        let notifier = Notifier::start(send).unwrap();
+        notifier.watch(&[dir.path().to_owned(), dir.path().join("absent")]);
+        let limit = Duration::from_secs(30);
+        for name in ["a", "b"] {
+            std::fs::write(dir.path().join("new"), "").unwrap();
+            std::fs::rename(dir.path().join("new"), dir.path().join(name)).unwrap();
+            assert!(matches!(events.recv_timeout(limit), Ok(Event::Changed)));
+            assert!(events.try_recv().is_err());
+            notifier.seen();
+        }
+    }
+}
