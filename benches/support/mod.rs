@@ -1,4 +1,5 @@
 //! What the benchmarks share: percentiles, tables, scratch directories and the daemon under test.
+#![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

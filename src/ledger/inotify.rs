@@ -19,8 +19,8 @@ use super::push::{Listener, Push, PushState};
 const RETRY: Duration = Duration::from_secs(1);
 /// How often to say that the file is there.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// A directory's entries that appear.
-const APPEARS: u32 = libc::IN_CREATE | libc::IN_MOVED_TO;
+/// A directory's entries that come and go.
+const NAMES: u32 = libc::IN_CREATE | libc::IN_MOVED_TO | libc::IN_DELETE | libc::IN_MOVED_FROM;
 /// What becomes of the directory itself: a watch follows it, not its name.
 const MOVES: u32 = libc::IN_DELETE_SELF | libc::IN_MOVE_SELF;
 const WRITES: u32 = libc::IN_MODIFY | libc::IN_DELETE_SELF | libc::IN_MOVE_SELF;
@@ -48,7 +48,7 @@ impl InotifyPush {
             return Err(io::Error::other("it is no path of a file"));
         };
         let inotify = Inotify::new()?;
-        let watch = inotify.add(directory, APPEARS | MOVES)?;
+        let watch = inotify.add(directory, NAMES | MOVES)?;
         let beside = |suffix: &str| {
             let mut beside = name.to_owned();
             beside.push(suffix);
@@ -378,6 +378,14 @@ mod tests {
             }
             db.execute_batch("PRAGMA journal_mode = DELETE").unwrap();
             told(counts, "a commit without a log", || insert(&db));
+            let aside = dir.path().join("aside.db");
+            told(counts, "it is taken away", || {
+                std::fs::rename(&path, &aside).unwrap()
+            });
+            told(counts, "it is back", || {
+                std::fs::rename(&aside, &path).unwrap()
+            });
+            told(counts, "a commit behind that", || insert(&db));
             let contacts = counts.contacts.load(Ordering::SeqCst);
             wait_until("contact", || {
                 counts.contacts.load(Ordering::SeqCst) > contacts
