@@ -596,6 +596,27 @@ fn a_command_that_runs_gets_to_finish() {
 }
 
 #[test]
+fn a_signal_ends_a_command() {
+    let tree = Tree::new(&[], &[LIMITS]);
+    let state = tree.place.root().join("seen");
+    let root = tree.path("");
+    for (name, number) in [("TERM", libc::SIGTERM), ("INT", libc::SIGINT)] {
+        let command = format!("kill -{name} $$; exec sleep 600");
+        let _ = fs::remove_file(&state);
+        let watch = Watch::started(
+            &state,
+            &[OsStr::new("--exec"), OsStr::new(&command), root.as_os_str()],
+        );
+        tree.apply(&[limit(0, u64::try_from(number).unwrap())]);
+        wait_until("it ended by the signal", || {
+            watch
+                .errors()
+                .contains(&format!("ended with signal {number}"))
+        });
+    }
+}
+
+#[test]
 fn a_process_is_signalled() {
     let tree = Tree::new(&[], &[LIMITS]);
     let state = tree.place.root().join("seen");

@@ -122,7 +122,7 @@ pub fn run(args: WatchArgs) -> Result<(), Error> {
         None => args.since,
     };
     let (send, events) = mpsc::channel();
-    watch_signals(&send).map_err(Error::failed)?;
+    let mask = watch_signals(&send).map_err(Error::failed)?;
     let notifier = Notifier::start(send.clone()).ok();
     let follower = Follower::new(&root, &targets, since);
     let plan = Plan {
@@ -130,6 +130,7 @@ pub fn run(args: WatchArgs) -> Result<(), Error> {
         targets,
         json: args.json,
         exec: args.exec,
+        mask,
         signal: args.signal,
         debounce: args.debounce,
         state,
@@ -154,8 +155,8 @@ pub fn run(args: WatchArgs) -> Result<(), Error> {
     }
 }
 
-/// Tells of the first signal; the second ends the process at once.
-fn watch_signals(events: &Sender<Event>) -> std::io::Result<()> {
+/// Tells of the first signal; the second ends the process at once. Returns what was blocked before.
+fn watch_signals(events: &Sender<Event>) -> std::io::Result<daemon::Mask> {
     let blocked = daemon::block_signals()?;
     let events = events.clone();
     thread::Builder::new()
@@ -169,7 +170,7 @@ fn watch_signals(events: &Sender<Event>) -> std::io::Result<()> {
                 asked = true;
             }
         })?;
-    Ok(())
+    Ok(blocked.before)
 }
 
 struct Watch {

@@ -4,10 +4,9 @@ use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::ptr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, ValueHint};
@@ -121,21 +120,9 @@ fn spawn(
     root: &Path,
     signals: &Signals,
 ) -> Result<Child, Failure> {
-    let before = signals.before;
     let mut command = Command::new(program);
     command.args(arguments).env("CTLFS_ROOT", root);
-    // SAFETY: the closure makes one system call that is safe between fork and exec; the mask is a
-    // copy of its own.
-    unsafe {
-        command.pre_exec(move || {
-            let error =
-                libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut());
-            match error {
-                0 => Ok(()),
-                error => Err(io::Error::from_raw_os_error(error)),
-            }
-        });
-    }
+    signals.before.apply_to(&mut command);
     command.spawn().map_err(Failure::Spawn)
 }
 
@@ -208,7 +195,7 @@ impl Drop for Pin {
 /// The signals that are passed on, and SIGCHLD, blocked: they are waited for.
 struct Signals {
     set: libc::sigset_t,
-    before: libc::sigset_t,
+    before: daemon::Mask,
 }
 
 impl Signals {
@@ -237,7 +224,7 @@ impl Signals {
             }
             Ok(Signals {
                 set: set.assume_init(),
-                before: before.assume_init(),
+                before: daemon::Mask::new(before.assume_init()),
             })
         }
     }

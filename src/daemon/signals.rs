@@ -4,19 +4,52 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::ptr;
 
 /// The signals that end a daemon, blocked in this thread and all that it starts.
 #[derive(Clone, Copy)]
-pub(crate) struct Blocked(libc::sigset_t);
+pub(crate) struct Blocked {
+    set: libc::sigset_t,
+    /// What was blocked before.
+    pub(crate) before: Mask,
+}
+
+/// Which signals are blocked.
+#[derive(Clone, Copy)]
+pub(crate) struct Mask(libc::sigset_t);
+
+impl Mask {
+    pub(crate) fn new(set: libc::sigset_t) -> Self {
+        Mask(set)
+    }
+
+    /// Lets `command` start with this mask: a program inherits that of the process that starts it,
+    /// and would not end on a signal which is blocked there.
+    pub(crate) fn apply_to(self, command: &mut Command) {
+        // SAFETY: the closure makes one system call that is safe between fork and exec; the mask is
+        // a copy of its own.
+        unsafe {
+            command.pre_exec(move || {
+                let error =
+                    libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, ptr::null_mut());
+                match error {
+                    0 => Ok(()),
+                    error => Err(io::Error::from_raw_os_error(error)),
+                }
+            });
+        }
+    }
+}
 
 /// Blocks SIGINT, SIGTERM and SIGHUP; the latter only if it is not ignored, as it is under nohup: a
 /// blocked signal is delivered even then. Call it before the first thread is started.
 pub(crate) fn block() -> io::Result<Blocked> {
     let hangup = !is_ignored(libc::SIGHUP)?;
-    let mut set = MaybeUninit::uninit();
+    let (mut set, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     // SAFETY: sigemptyset initialises the set it is given; sigaddset and pthread_sigmask then get
-    // an initialised one, and the old mask is not asked for.
+    // an initialised one, and the latter initialises the old mask.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for signal in [libc::SIGINT, libc::SIGTERM] {
@@ -25,11 +58,14 @@ pub(crate) fn block() -> io::Result<Blocked> {
         if hangup {
             libc::sigaddset(set.as_mut_ptr(), libc::SIGHUP);
         }
-        let error = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut());
+        let error = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), before.as_mut_ptr());
         if error != 0 {
             return Err(io::Error::from_raw_os_error(error));
         }
-        Ok(Blocked(set.assume_init()))
+        Ok(Blocked {
+            set: set.assume_init(),
+            before: Mask(before.assume_init()),
+        })
     }
 }
 
@@ -49,7 +85,7 @@ impl Blocked {
     pub(crate) fn wait(&self) -> io::Result<i32> {
         let mut signal = 0;
         // SAFETY: the set is initialised and `signal` is writable.
-        let error = unsafe { libc::sigwait(&raw const self.0, &raw mut signal) };
+        let error = unsafe { libc::sigwait(&raw const self.set, &raw mut signal) };
         if error == 0 {
             Ok(signal)
         } else {

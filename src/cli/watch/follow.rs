@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -138,19 +139,28 @@ impl Follower {
 
     /// Looks what is new.
     pub(super) fn look(&mut self) -> Result<Look, Hopeless> {
+        let mount = fs::metadata(&self.root).map(|root| root.dev());
         let position = match self.position()? {
             Ok(position) => position,
             Err(away) => return Ok(Look::Away(away)),
+        };
+        let mount = match mount {
+            Ok(mount) => mount,
+            Err(error) => return self.failed("look at", &self.root, &error),
         };
         let Some(cursor) = self.cursor else {
             if !self.is_ready() {
                 return Ok(Look::Away("it is still being filled".into()));
             }
-            self.cursor = Some(position);
-            self.tables = match self.list() {
+            let tables = match self.list() {
                 Ok(tables) => tables,
                 Err(error) => return self.failed("list the tables of", &self.root, &error),
             };
+            if let Err(away) = self.still(mount, position)? {
+                return Ok(Look::Away(away));
+            }
+            self.tables = tables;
+            self.cursor = Some(position);
             return Ok(Look::News {
                 upto: position,
                 deliveries: Vec::new(),
@@ -174,11 +184,11 @@ impl Follower {
         if position == cursor && !self.tables.is_empty() {
             return Ok(Look::Same);
         }
-        self.read(cursor, position)
+        self.read(mount, cursor, position)
     }
 
-    /// What the tables tell of the transactions behind `cursor` up to `position`.
-    fn read(&mut self, cursor: u64, position: u64) -> Result<Look, Hopeless> {
+    /// What the tables of this mount tell of the transactions behind `cursor` up to `position`.
+    fn read(&mut self, mount: u64, cursor: u64, position: u64) -> Result<Look, Hopeless> {
         let tables = match self.list() {
             Ok(tables) => tables,
             Err(error) => return self.failed("list the tables of", &self.root, &error),
@@ -190,8 +200,11 @@ impl Follower {
                 Ok(Some(journal)) => journal,
                 Ok(None) => continue,
                 Err(error) => match self.excuse(family, table, &error) {
-                    // It went in between, which the next look will see.
-                    Some(Excuse::Gone) => continue,
+                    // It went in between, which the next look will see; unless all of it went.
+                    Some(Excuse::Gone) => match self.still(mount, position)? {
+                        Ok(()) => continue,
+                        Err(away) => return Ok(Look::Away(away)),
+                    },
                     Some(Excuse::NotAllowed) => {
                         self.notice_closed(format!("{family}/{table}"));
                         continue;
@@ -218,6 +231,9 @@ impl Follower {
                     }
                 }
             }
+        }
+        if let Err(away) = self.still(mount, position)? {
+            return Ok(Look::Away(away));
         }
         for (family, table) in self.tables.difference(&tables) {
             let time = fs::metadata(&self.root).and_then(|m| m.modified());
@@ -259,6 +275,21 @@ impl Follower {
                 _ => Ok(Err(error.to_string())),
             },
         }
+    }
+
+    /// Whether what was read is of the mount on the device `mount`, which showed `position`; or why
+    /// it may not be. Once a mount is detached its paths lead into the directory beneath it, where
+    /// all that is missing looks like a table that was dropped.
+    fn still(&self, mount: u64, position: u64) -> Result<Result<(), String>, Hopeless> {
+        let there = match self.position()? {
+            Ok(there) => there,
+            Err(away) => return Ok(Err(away)),
+        };
+        Ok(match fs::metadata(&self.root) {
+            Ok(root) if root.dev() == mount && there >= position => Ok(()),
+            Ok(_) => Err("it was mounted anew meanwhile".into()),
+            Err(error) => Err(error.to_string()),
+        })
     }
 
     fn is_ready(&self) -> bool {
@@ -528,6 +559,29 @@ mod tests {
         assert!(matches!(follower.look().unwrap(), Look::Away(_)));
         tree.position(4);
         assert_eq!(news(&mut follower), (4, vec![]));
+    }
+
+    #[test]
+    fn a_tree_that_goes_during_a_look_has_dropped_nothing() {
+        let tree = Tree::new();
+        tree.position(5);
+        tree.table("app/flags", 0, &[2, 5], "a");
+        let mut follower = tree.follower(&[Target::All], None);
+        news(&mut follower);
+        tree.position(7);
+        tree.table("app/flags", 0, &[2, 5, 6, 7], "a");
+        let mount = fs::metadata(tree.0.path()).unwrap().dev();
+        let away = |look| matches!(look, Ok(Look::Away(_)));
+        // Another mount is there; then a later state than the one that is there; then none at all.
+        assert!(away(follower.read(mount + 1, 5, 7)));
+        assert!(away(follower.read(mount, 5, 8)));
+        fs::rename(tree.0.path().join("app"), tree.0.path().join(".app")).unwrap();
+        fs::remove_file(tree.0.path().join(".ctlfs/seq")).unwrap();
+        assert!(away(follower.read(mount, 5, 7)));
+        assert_eq!(follower.cursor(), Some(5));
+        fs::rename(tree.0.path().join(".app"), tree.0.path().join("app")).unwrap();
+        tree.position(7);
+        assert_eq!(seqs(&news(&mut follower).1), [6, 7]);
     }
 
     #[test]

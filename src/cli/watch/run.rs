@@ -17,6 +17,7 @@ use super::Event;
 use super::delivery::Delivery;
 use super::signal::Receiver;
 use super::target::Target;
+use crate::daemon::Mask;
 
 /// No more is taken in while so much waits: the journal keeps it.
 const MAX_WAITING: usize = 4_096;
@@ -36,6 +37,8 @@ pub(super) struct Plan {
     pub(super) targets: Vec<Target>,
     pub(super) json: bool,
     pub(super) exec: Option<OsString>,
+    /// The signals that are blocked in the command.
+    pub(super) mask: Mask,
     pub(super) signal: Option<Receiver>,
     pub(super) debounce: Option<Duration>,
     pub(super) state: Option<StateFile>,
@@ -265,7 +268,8 @@ impl Runner {
     fn start(&self, deliveries: &[Delivery]) -> io::Result<i32> {
         let command = self.plan.exec.clone().unwrap_or_default();
         let seq = deliveries.last().map_or(self.upto, Delivery::seq);
-        let mut child = Command::new("sh")
+        let mut shell = Command::new("sh");
+        shell
             .arg("-c")
             .arg(command)
             .env("CTLFS_SEQ", seq.to_string())
@@ -273,8 +277,9 @@ impl Runner {
             .env("CTLFS_ROOT", &self.plan.root)
             .stdin(Stdio::piped())
             // A Ctrl-C is for us: the command gets to finish.
-            .process_group(0)
-            .spawn()?;
+            .process_group(0);
+        self.plan.mask.apply_to(&mut shell);
+        let mut child = shell.spawn()?;
         let text: String = deliveries.iter().map(Delivery::to_json).collect();
         if let Some(mut input) = child.stdin.take() {
             thread::Builder::new().name("input".into()).spawn(move || {
