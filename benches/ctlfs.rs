@@ -7,7 +7,7 @@
 #[allow(unreachable_pub)]
 #[path = "../tests/common/mariadb.rs"]
 mod mariadb;
-#[allow(unreachable_pub, dead_code)]
+#[allow(unreachable_pub)]
 mod support;
 
 use std::fs::File;

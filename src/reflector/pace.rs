@@ -30,6 +30,9 @@ pub(super) struct Pace {
     /// When the last look at the interval was done, and how much jitter the next one has.
     polled: Option<(Instant, u64)>,
     due: bool,
+    /// When a thorough look was last done, and whether something was announced since.
+    checked: Option<Instant>,
+    stirred: bool,
     /// An entry that was found before anybody told of it.
     untold: Option<(Seq, Instant)>,
     distrust: bool,
@@ -54,6 +57,8 @@ impl Pace {
             hunt: Hunt::default(),
             polled: None,
             due: true,
+            checked: None,
+            stirred: false,
             untold: None,
             distrust: false,
         }
@@ -62,6 +67,7 @@ impl Pace {
     /// Notes what was announced. To be called before a look.
     pub(super) fn note(&mut self, wakes: Wakes, now: Instant) {
         self.hunt.note(wakes, now);
+        self.stirred |= wakes.any();
         if let Some((seq, _)) = self.untold
             && (wakes.unknown || wakes.known >= Some(seq))
         {
@@ -69,10 +75,11 @@ impl Pace {
         }
     }
 
-    /// Whether the next look is one of those at the interval, `pushed` if that is the long one.
-    pub(super) fn is_due(&mut self, pushed: bool, now: Instant) -> bool {
+    /// Whether the next look is a thorough one: those at the interval (`pushed` if that is the long
+    /// one), and one after something was announced, but no more than one in the short interval.
+    pub(super) fn is_thorough(&mut self, pushed: bool, now: Instant) -> bool {
         self.due |= self.until_poll(pushed, now).is_zero();
-        self.due
+        self.due || (self.stirred && self.until_check(now).is_zero())
     }
 
     /// Notes that a look found entries up to `last`.
@@ -88,11 +95,17 @@ impl Pace {
     /// How long to wait after a look that found nothing, when everything up to `seen` was fetched.
     /// `random` spreads the interval.
     pub(super) fn rest(&mut self, seen: Seq, pushed: bool, now: Instant, random: u64) -> Duration {
-        if self.due {
-            self.due = false;
+        if self.is_thorough(pushed, now) {
+            self.checked = Some(now);
+            self.stirred = false;
+        }
+        if std::mem::take(&mut self.due) {
             self.polled = Some((now, random));
         }
         let mut rest = self.until_poll(pushed, now);
+        if self.stirred {
+            rest = rest.min(self.until_check(now));
+        }
         if let Some((_, found)) = self.untold {
             let grace = GRACE.saturating_sub(now.saturating_duration_since(found));
             if grace.is_zero() {
@@ -116,6 +129,13 @@ impl Pace {
     pub(super) fn trust(&mut self) {
         self.untold = None;
         self.distrust = false;
+    }
+
+    fn until_check(&self, now: Instant) -> Duration {
+        self.checked.map_or(Duration::ZERO, |at| {
+            self.interval
+                .saturating_sub(now.saturating_duration_since(at))
+        })
     }
 
     fn until_poll(&self, pushed: bool, now: Instant) -> Duration {
@@ -188,31 +208,48 @@ mod tests {
     fn it_polls_at_the_interval_and_seldom_while_push_is_on() {
         let mut pace = Pace::new(SECOND);
         let start = Instant::now();
-        assert!(pace.is_due(false, start));
+        assert!(pace.is_thorough(false, start));
         assert_eq!(pace.rest(Seq::ZERO, false, start, EVEN), SECOND);
-        assert!(!pace.is_due(false, start));
+        assert!(!pace.is_thorough(false, start));
         // Going on from a look in between does not put the next one off.
         let later = start + SECOND / 4;
         assert_eq!(pace.rest(Seq::ZERO, false, later, EVEN), SECOND * 3 / 4);
         assert_eq!(pace.rest(Seq::ZERO, true, later, EVEN), SECOND * 119 / 4);
-        assert!(pace.is_due(false, start + SECOND));
+        assert!(pace.is_thorough(false, start + SECOND));
+    }
+
+    #[test]
+    fn what_is_announced_calls_for_one_thorough_look() {
+        let mut pace = Pace::new(SECOND);
+        let start = Instant::now();
+        assert!(pace.is_thorough(true, start));
+        assert_eq!(millis(&mut pace, 5, start), 30_000);
+        // Too soon after the last: put off, not forgotten.
+        let soon = start + SECOND / 4;
+        pace.note(known(5), soon);
+        assert!(!pace.is_thorough(true, soon));
+        assert_eq!(millis(&mut pace, 5, soon), 750);
+        let later = start + SECOND;
+        assert!(pace.is_thorough(true, later));
+        assert_eq!(millis(&mut pace, 5, later), 29_000);
+        assert!(!pace.is_thorough(true, later + SECOND));
     }
 
     #[test]
     fn what_is_announced_is_looked_for_until_it_is_there() {
         let mut pace = Pace::new(SECOND);
         let now = Instant::now();
-        assert_eq!(millis(&mut pace, 5, now), 30_000);
+        assert_eq!(millis(&mut pace, 5, now - SECOND), 30_000);
         pace.note(known(7), now);
         let pauses: Vec<_> = (0..31).map(|_| millis(&mut pace, 6, now)).collect();
         assert_eq!(pauses[..10], [0, 0, 0, 0, 1, 1, 1, 2, 2, 3]);
         assert_eq!(pauses[27..], [206, 250, 250, 250]);
-        assert_eq!(millis(&mut pace, 7, now), 30_000);
+        assert_eq!(millis(&mut pace, 7, now), 29_000);
         // One that never comes is given up.
         pace.note(known(9), now);
         assert_eq!(millis(&mut pace, 7, now), 0);
         let late = now + PATIENCE + SECOND;
-        assert!(pace.is_due(true, late));
+        assert!(pace.is_thorough(true, late));
         assert_eq!(millis(&mut pace, 7, late), 30_000);
     }
 
@@ -241,14 +278,14 @@ mod tests {
         millis(&mut pace, 5, start);
         let poll = start + SAFETY_NET;
         // Told a moment later: well.
-        assert!(pace.is_due(true, poll));
+        assert!(pace.is_thorough(true, poll));
         pace.found(Seq::new(6), true, poll);
         assert_eq!(millis(&mut pace, 6, poll), 2_000);
         pace.note(known(6), poll);
         assert_eq!(millis(&mut pace, 6, poll), 30_000);
         // Never told.
         let poll = poll + SAFETY_NET;
-        assert!(pace.is_due(true, poll));
+        assert!(pace.is_thorough(true, poll));
         pace.found(Seq::new(7), true, poll);
         assert_eq!(millis(&mut pace, 7, poll), 2_000);
         assert!(!pace.distrusts());

@@ -43,8 +43,8 @@ pub struct Reflector {
     /// Where the next look at the gaps begins.
     gap_cursor: Seq,
     caught_up: bool,
-    /// Whether this look is one of those at the interval, which do more than looks in between.
-    due: bool,
+    /// Whether this look does more than see what is new.
+    thorough: bool,
     delays: Delays,
 }
 
@@ -93,7 +93,7 @@ impl Reflector {
             unfinished: 0,
             gap_cursor: Seq::ZERO,
             caught_up: false,
-            due: true,
+            thorough: true,
             delays: Delays::default(),
         }
     }
@@ -118,12 +118,12 @@ impl Reflector {
             push::start(push, stop, &self.board, self.settings.poll_interval);
         }
         let mut backoff = Backoff::new(AFTER_FAILURE);
-        // The end of a transaction is waited for with less patience.
         let mut waiting = false;
         while !stop.is_stopped() {
-            let pushed = self.is_pushed(&mut pace);
+            // The end of a transaction is waited for with less patience.
+            let pushed = self.is_pushed(&mut pace) && !waiting;
             pace.note(stop.take_wakes(), Instant::now());
-            self.due = pace.is_due(pushed && !waiting, Instant::now());
+            self.thorough = pace.is_thorough(pushed, Instant::now());
             match self.attempt(stop) {
                 // What was fetched may fail again: that is no reason to hurry.
                 Ok(Step::Fetched) => pace.found(self.source.seen(), pushed, Instant::now()),
@@ -131,8 +131,9 @@ impl Reflector {
                 Ok(step @ (Step::Idle | Step::Waiting)) => {
                     backoff.reset();
                     waiting = step == Step::Waiting;
+                    let pushed = pushed && !waiting;
                     let seen = self.source.seen();
-                    let rest = pace.rest(seen, pushed && !waiting, Instant::now(), random());
+                    let rest = pace.rest(seen, pushed, Instant::now(), random());
                     if pace.distrusts() {
                         push::distrust(&self.board, self.settings.poll_interval);
                     }
@@ -156,7 +157,7 @@ impl Reflector {
     /// any; what could be applied before it is.
     pub fn catch_up(&mut self, stop: &StopHandle) -> Result<(), Problem> {
         self.writer.stop_on(stop.flag());
-        self.due = true;
+        self.thorough = true;
         while !stop.is_stopped() {
             match self.attempt(stop) {
                 Ok(Step::Fetched | Step::Applied) => {}
@@ -241,7 +242,7 @@ impl Reflector {
                 } else if self.fetch()? > 0 {
                     return Ok(Step::Fetched);
                 }
-                if self.due {
+                if self.thorough {
                     self.unfinished = self.unfinished.saturating_add(1);
                 }
                 if self.unfinished > PATIENCE {
@@ -413,7 +414,7 @@ impl Reflector {
     /// The ledger has nothing behind the position.
     fn idle(&mut self) -> Result<(), Obstacle> {
         self.writer.set_ready()?;
-        if self.due {
+        if self.thorough {
             self.look_for_late_entries()?;
         }
         let now = SystemTime::now();

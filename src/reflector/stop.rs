@@ -42,7 +42,7 @@ pub(super) struct Wakes {
 }
 
 impl Wakes {
-    fn any(self) -> bool {
+    pub(super) fn any(self) -> bool {
         self.unknown || self.known.is_some()
     }
 }
