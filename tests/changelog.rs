@@ -263,7 +263,7 @@ fn a_full_log_is_begun_anew_and_readers_can_finish_the_old_one() {
     // Also when the daemon starts anew the moment the file was begun.
     fs::write(log.path(), "").unwrap();
     let daemon = log.mount();
-    log.apply(&daemon, &[item(1, 1)]);
+    log.apply(&daemon, &[item(1, 2)]);
     let next = numbers(&log.wait_lines(1))[0];
     assert_eq!(next, 202);
 }
