@@ -547,7 +547,12 @@ fn a_command_that_fails_is_run_again_with_what_came_since() {
     wait_until("both were delivered", || {
         fs::read_to_string(&state).unwrap() == format!("{second}\n")
     });
-    assert_eq!(job.told(), [first, first, second]);
+    // How often it failed before there was something new, depends.
+    let mut told = job.told();
+    assert!(told.iter().filter(|seq| **seq == first).count() >= 2);
+    told.sort_unstable();
+    told.dedup();
+    assert_eq!(told, [first, second]);
 }
 
 #[test]
@@ -566,10 +571,8 @@ fn a_burst_is_delivered_together() {
             root.as_os_str(),
         ],
     );
-    let first = tree.apply(&[limit(0, 0)]);
-    for i in 1..10 {
-        tree.apply(&[limit(0, i)]);
-    }
+    let burst: Vec<String> = (0..10).map(|i| limit(0, i)).collect();
+    let first = tree.apply(&burst) - 9;
     wait_until("it was delivered", || !job.runs().is_empty());
     assert_eq!(job.runs(), [first + 9]);
     assert_eq!(job.told(), (first..=first + 9).collect::<Vec<_>>());

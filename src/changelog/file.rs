@@ -26,7 +26,7 @@ impl LogFile {
     /// Opens the file, or creates it for its owner only. What follows the last newline is cut off:
     /// a crash has kept that line from being finished.
     pub(super) fn open(path: &Path, max_size: u64) -> io::Result<Self> {
-        let mut file = create(path, 0o600)?;
+        let mut file = options(0o600).create(true).open(path)?;
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("it is not a regular file"));
         }
@@ -34,7 +34,11 @@ impl LogFile {
         if tail.whole < tail.size {
             file.set_len(tail.whole)?;
         }
-        let older = || Tail::of(&mut File::open(older(path)).ok()?).ok()?.number;
+        let older = || {
+            let mut file = options(0o600).open(older(path)).ok()?;
+            file.metadata().ok().filter(fs::Metadata::is_file)?;
+            Tail::of(&mut file).ok()?.number
+        };
         Ok(LogFile {
             path: path.to_owned(),
             max_size,
@@ -73,9 +77,16 @@ impl LogFile {
     /// Sets the file aside and begins a new one, with the same mode and owner. Readers see it
     /// created, as ctlstore's readers expect, and can finish the old one.
     pub(super) fn rotate(&mut self) -> io::Result<()> {
+        // An earlier attempt may have got as far as setting the file aside.
+        self.follow()?;
+        if self.size == 0 {
+            return Ok(());
+        }
         let old = self.file.metadata()?;
         fs::rename(&self.path, older(&self.path))?;
-        let file = create(&self.path, old.mode() & 0o7777)?;
+        let file = options(old.mode() & 0o7777)
+            .create_new(true)
+            .open(&self.path)?;
         // The umask may have taken some of it, and not everybody can give files away.
         let _ = fchown(&file, Some(old.uid()), Some(old.gid()));
         let _ = file.set_permissions(fs::Permissions::from_mode(old.mode() & 0o7777));
@@ -87,7 +98,7 @@ impl LogFile {
     /// Should somebody else have removed or replaced the file, goes on in the one that is there.
     fn follow(&mut self) -> io::Result<()> {
         let own = self.file.metadata()?;
-        let there = fs::metadata(&self.path);
+        let there = fs::symlink_metadata(&self.path);
         if there.is_ok_and(|there| (there.dev(), there.ino()) == (own.dev(), own.ino())) {
             return Ok(());
         }
@@ -105,15 +116,18 @@ fn older(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn create(path: &Path, mode: u32) -> io::Result<File> {
-    OpenOptions::new()
+/// Reading and appending. Symbolic links are not followed: who may write the directory could let
+/// the daemon write anywhere.
+fn options(mode: u32) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    // A FIFO would wait for a reader.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_NOCTTY;
+    options
         .read(true)
         .append(true)
-        .create(true)
         .mode(mode)
-        // A FIFO would wait for a reader.
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
+        .custom_flags(flags);
+    options
 }
 
 fn bytes(length: usize) -> u64 {
@@ -218,5 +232,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert!(LogFile::open(dir.path(), 100).is_err());
         assert!(LogFile::open(Path::new("/dev/null"), 100).is_err());
+        let (link, aim) = (dir.path().join("link"), dir.path().join("aim"));
+        std::os::unix::fs::symlink(&aim, &link).unwrap();
+        assert!(LogFile::open(&link, 100).is_err());
+        let path = dir.path().join("log");
+        let mut log = LogFile::open(&path, 100).unwrap();
+        log.append(LINE).unwrap();
+        fs::rename(&link, &path).unwrap();
+        assert!(log.append(LINE).is_err() && log.rotate().is_err());
+        assert!(!aim.exists());
     }
 }

@@ -135,7 +135,12 @@ impl CommitObserver for Observer {
             .filter(|change| matches!(change.extent, Extent::Whole))
             .filter_map(|change| self.table(&change.table));
         let whole: Vec<_> = whole.collect();
-        if whole.is_empty() || self.failing.load(Ordering::Relaxed) {
+        if whole.is_empty() {
+            return;
+        }
+        if self.failing.load(Ordering::Relaxed) {
+            // It may be written again by the time of the commit.
+            self.unknown = true;
             return;
         }
         let mut reader = Reader::open(&self.ldb).ok();

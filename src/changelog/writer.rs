@@ -66,6 +66,8 @@ impl Writer {
         // A crash may have come after lines were written, and a crash of the machine before they
         // reached the disk.
         let number = number.max(file.last_number.unwrap_or(0));
+        // Nobody knows what was missed since the last line of a log that was written before.
+        let skip = progress.found.is_none() && file.last_number.is_some();
         Writer {
             file,
             progress,
@@ -74,7 +76,7 @@ impl Writer {
             number,
             pending: Vec::new(),
             flushed: number,
-            skip: false,
+            skip,
             skipped: false,
             failing: Arc::default(),
         }

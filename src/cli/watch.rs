@@ -195,7 +195,8 @@ impl Watch {
         let mut look = true;
         let mut event = false;
         loop {
-            if self.runner.has_room() {
+            let has_room = self.runner.has_room();
+            if has_room {
                 let news = look || self.glimpse();
                 look = news && self.look(event)?;
             }
@@ -209,7 +210,11 @@ impl Watch {
             if let Some(due) = due {
                 pause = pause.min(due);
             }
-            match events.recv_timeout(if look { Duration::ZERO } else { pause }) {
+            // Without room a look has to wait for the command's end, which is an event.
+            if look && has_room {
+                pause = Duration::ZERO;
+            }
+            match events.recv_timeout(pause) {
                 Ok(Event::Signal) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 Ok(Event::CommandEnded(status)) => self.runner.command_ended(status),
                 Ok(Event::Changed) => {
