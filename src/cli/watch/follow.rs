@@ -139,14 +139,10 @@ impl Follower {
 
     /// Looks what is new.
     pub(super) fn look(&mut self) -> Result<Look, Hopeless> {
-        let mount = fs::metadata(&self.root).map(|root| root.dev());
+        let mount = fs::metadata(&self.root).map_or(0, |root| root.dev());
         let position = match self.position()? {
             Ok(position) => position,
             Err(away) => return Ok(Look::Away(away)),
-        };
-        let mount = match mount {
-            Ok(mount) => mount,
-            Err(error) => return self.failed("look at", &self.root, &error),
         };
         let Some(cursor) = self.cursor else {
             if !self.is_ready() {
@@ -281,14 +277,11 @@ impl Follower {
     /// it may not be. Once a mount is detached its paths lead into the directory beneath it, where
     /// all that is missing looks like a table that was dropped.
     fn still(&self, mount: u64, position: u64) -> Result<Result<(), String>, Hopeless> {
-        let there = match self.position()? {
-            Ok(there) => there,
-            Err(away) => return Ok(Err(away)),
-        };
-        Ok(match fs::metadata(&self.root) {
-            Ok(root) if root.dev() == mount && there >= position => Ok(()),
-            Ok(_) => Err("it was mounted anew meanwhile".into()),
-            Err(error) => Err(error.to_string()),
+        Ok(match (self.position()?, fs::metadata(&self.root)) {
+            (Err(away), _) => Err(away),
+            (Ok(at), Ok(root)) if root.dev() == mount && at >= position => Ok(()),
+            (_, Ok(_)) => Err("it was mounted anew meanwhile".into()),
+            (_, Err(error)) => Err(error.to_string()),
         })
     }
 
@@ -572,7 +565,6 @@ mod tests {
         tree.table("app/flags", 0, &[2, 5, 6, 7], "a");
         let mount = fs::metadata(tree.0.path()).unwrap().dev();
         let away = |look| matches!(look, Ok(Look::Away(_)));
-        // Another mount is there; then a later state than the one that is there; then none at all.
         assert!(away(follower.read(mount + 1, 5, 7)));
         assert!(away(follower.read(mount, 5, 8)));
         fs::rename(tree.0.path().join("app"), tree.0.path().join(".app")).unwrap();
