@@ -95,9 +95,11 @@ impl Pace {
     /// How long to wait after a look that found nothing, when everything up to `seen` was fetched.
     /// `random` spreads the interval.
     pub(super) fn rest(&mut self, seen: Seq, pushed: bool, now: Instant, random: u64) -> Duration {
+        let pause = self.hunt.pause(seen, self.interval.min(LAST_PAUSE), now);
         if self.is_thorough(pushed, now) {
             self.checked = Some(now);
-            self.stirred = false;
+            // What was announced may not be there yet, and not be seen but by a thorough look.
+            self.stirred = pause.is_some();
         }
         if std::mem::take(&mut self.due) {
             self.polled = Some((now, random));
@@ -114,10 +116,7 @@ impl Pace {
             }
             rest = rest.min(grace);
         }
-        match self.hunt.pause(seen, self.interval.min(LAST_PAUSE), now) {
-            Some(pause) => rest.min(pause),
-            None => rest,
-        }
+        pause.map_or(rest, |pause| rest.min(pause))
     }
 
     /// Whether push failed to tell of a change: from then on it is not relied on.
@@ -244,7 +243,7 @@ mod tests {
         let pauses: Vec<_> = (0..31).map(|_| millis(&mut pace, 6, now)).collect();
         assert_eq!(pauses[..10], [0, 0, 0, 0, 1, 1, 1, 2, 2, 3]);
         assert_eq!(pauses[27..], [206, 250, 250, 250]);
-        assert_eq!(millis(&mut pace, 7, now), 29_000);
+        assert_eq!(millis(&mut pace, 7, now), 1_000, "one more thorough look");
         // One that never comes is given up.
         pace.note(known(9), now);
         assert_eq!(millis(&mut pace, 7, now), 0);
@@ -282,7 +281,7 @@ mod tests {
         pace.found(Seq::new(6), true, poll);
         assert_eq!(millis(&mut pace, 6, poll), 2_000);
         pace.note(known(6), poll);
-        assert_eq!(millis(&mut pace, 6, poll), 30_000);
+        assert_eq!(millis(&mut pace, 6, poll), 1_000, "one more thorough look");
         // Never told.
         let poll = poll + SAFETY_NET;
         assert!(pace.is_thorough(true, poll));
