@@ -258,7 +258,8 @@ mod tests {
         let now = Instant::now();
         pace.note(UNKNOWN, now);
         let pauses: Vec<_> = (0..15).map(|_| millis(&mut pace, 6, now)).collect();
-        assert_eq!(pauses[11..], [5, 7, 9, 30_000]);
+        // At the end one more thorough look.
+        assert_eq!(pauses[11..], [5, 7, 9, 10]);
         pace.note(UNKNOWN, now);
         pace.note(known(3), now);
         assert_eq!(millis(&mut pace, 6, now), 0, "the unknown one is left");
@@ -290,11 +291,10 @@ mod tests {
         assert!(!pace.distrusts());
         millis(&mut pace, 7, poll + GRACE);
         assert!(pace.distrusts());
-        assert_eq!(
-            pace.rest(Seq::new(7), true, poll + GRACE, EVEN).as_millis(),
-            0
-        );
+        // From then on at the short interval, of which the next look is due at once.
+        assert!(pace.is_thorough(true, poll + GRACE));
+        assert_eq!(millis(&mut pace, 7, poll + GRACE), 1_000);
         pace.trust();
-        assert_eq!(millis(&mut pace, 7, poll + GRACE), 28_000);
+        assert_eq!(millis(&mut pace, 7, poll + GRACE), 30_000);
     }
 }
