@@ -14,10 +14,13 @@ const SAFETY_NET: Duration = Duration::from_secs(30);
 const FIRST_PAUSE: Duration = Duration::from_micros(500);
 /// The shortest pause once something was found: most likely that was it.
 const AFTER_FIND: Duration = Duration::from_millis(5);
-/// The longest pause between such looks, unless the interval is shorter.
+/// The longest pause between looks for a sequence that was announced, unless the interval is shorter.
 const LAST_PAUSE: Duration = Duration::from_millis(250);
 /// For how long an announced sequence is looked for.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// For how long something without a sequence is: SQLite writes a commit, waits for the disk, and
+/// makes it visible then, which nothing tells of. A busy disk takes seconds.
+const PATIENCE_UNKNOWN: Duration = Duration::from_secs(10);
 /// How much later than the poll that found an entry push may still tell of it.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -95,7 +98,7 @@ impl Pace {
     /// How long to wait after a look that found nothing, when everything up to `seen` was fetched.
     /// `random` spreads the interval.
     pub(super) fn rest(&mut self, seen: Seq, pushed: bool, now: Instant, random: u64) -> Duration {
-        let pause = self.hunt.pause(seen, self.interval.min(LAST_PAUSE), now);
+        let pause = self.hunt.pause(seen, self.interval, now);
         if self.is_thorough(pushed, now) {
             self.checked = Some(now);
             // What was announced may not be there yet, and not be seen but by a thorough look.
@@ -162,10 +165,10 @@ impl Hunt {
 
     /// The pause before the next look; `None` once there is nothing left to look for. A sequence
     /// that is known is looked for until it is there. For what is not known, looks get rarer up to
-    /// `longest`: all of them, because what was found may be something else.
-    fn pause(&mut self, seen: Seq, longest: Duration, now: Instant) -> Option<Duration> {
+    /// the interval, and go on whatever is found: that may be something else.
+    fn pause(&mut self, seen: Seq, interval: Duration, now: Instant) -> Option<Duration> {
         let age = now.saturating_duration_since(self.since?);
-        self.unknown &= self.pause < longest;
+        self.unknown &= age <= PATIENCE_UNKNOWN;
         if self.known.is_some_and(|seq| seq <= seen) || age > PATIENCE {
             self.known = None;
         }
@@ -173,8 +176,13 @@ impl Hunt {
             *self = Hunt::default();
             return None;
         }
+        let longest = if self.known.is_some() {
+            interval.min(LAST_PAUSE)
+        } else {
+            interval
+        };
         let pause = self.pause.min(longest);
-        self.pause = self.pause.saturating_mul(5) / 4;
+        self.pause = pause.saturating_mul(5) / 4;
         Some(pause)
     }
 }
@@ -256,10 +264,17 @@ mod tests {
     fn for_what_has_no_sequence_looks_get_rarer_up_to_the_interval() {
         let mut pace = Pace::new(SECOND / 100);
         let now = Instant::now();
+        millis(&mut pace, 6, now);
         pace.note(UNKNOWN, now);
         let pauses: Vec<_> = (0..15).map(|_| millis(&mut pace, 6, now)).collect();
-        // At the end one more thorough look.
         assert_eq!(pauses[11..], [5, 7, 9, 10]);
+        // However short the interval is, a disk is waited for.
+        assert_eq!(millis(&mut pace, 6, now + PATIENCE_UNKNOWN), 10);
+        let late = now + PATIENCE_UNKNOWN + SECOND / 1_000;
+        assert_eq!(millis(&mut pace, 6, late), 9, "one more thorough look");
+        let late = late + SECOND / 100;
+        assert!(pace.is_thorough(true, late));
+        assert!(millis(&mut pace, 6, late) > 19_000);
         pace.note(UNKNOWN, now);
         pace.note(known(3), now);
         assert_eq!(millis(&mut pace, 6, now), 0, "the unknown one is left");
