@@ -13,6 +13,7 @@ mod file;
 mod line;
 mod observer;
 mod progress;
+mod queue;
 mod writer;
 
 use std::path::{Path, PathBuf};

@@ -11,6 +11,12 @@ pub(crate) fn jitter(base: Duration, random: u64) -> Duration {
     (base.saturating_mul(3) / 4).saturating_add(base.saturating_mul(spread) / 1000)
 }
 
+/// Spreads a duration over all of it but the first tenth: for what many hosts begin at one moment.
+pub(crate) fn full_jitter(base: Duration, random: u64) -> Duration {
+    let spread = u32::try_from(random % 901).unwrap_or(0);
+    (base / 10).saturating_add(base.saturating_mul(spread) / 1000)
+}
+
 /// A number that differs from call to call and from process to process.
 pub(crate) fn random() -> u64 {
     RandomState::new().hash_one(0u8)
@@ -51,6 +57,14 @@ mod tests {
             let wait = jitter(base, random);
             assert!(wait >= base * 3 / 4 && wait <= base * 5 / 4, "{wait:?}");
             jitter(Duration::MAX, random);
+        }
+    }
+
+    #[test]
+    fn full_jitter_stays_within_the_duration() {
+        let base = Duration::from_secs(1);
+        for (random, millis) in [(0, 100), (450, 550), (900, 1_000), (901, 100)] {
+            assert_eq!(full_jitter(base, random), Duration::from_millis(millis));
         }
     }
 

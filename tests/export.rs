@@ -574,8 +574,16 @@ fn exports_of_an_ldb_of_another_process_follow_it() {
     });
 }
 
+/// The most memory that a process has had, in bytes.
+fn peak_memory(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    let kilobytes = line.unwrap().trim().strip_suffix(" kB").unwrap();
+    kilobytes.parse::<u64>().unwrap() << 10
+}
+
 #[test]
-fn a_large_export_is_made_once_and_in_little_memory() {
+fn a_large_export_is_shared_and_kept_once() {
     let mut statements = vec![FLAGS.to_owned()];
     let note = "x".repeat(1000);
     statements.extend((0..40_000).map(|i| flag(&format!("{i:06}"), i, &note)));
@@ -584,6 +592,8 @@ fn a_large_export_is_made_once_and_in_little_memory() {
     let daemon = Daemon::mount_within(Duration::from_secs(120), &place, &[]);
     let path = daemon.path(".ctlfs/export/app/flags.ndjson");
     let begun = Instant::now();
+    let peak = || peak_memory(daemon.pid());
+    let before = peak();
     let readers: Vec<_> = (0..8)
         .map(|_| {
             let path = path.clone();
@@ -594,6 +604,10 @@ fn a_large_export_is_made_once_and_in_little_memory() {
     println!("{} bytes in {:?}", contents[0].len(), begun.elapsed());
     assert_eq!(contents[0].iter().filter(|b| **b == b'\n').count(), 40_000);
     assert!(contents.iter().all(|content| *content == contents[0]));
+    // Made for each reader it would take eight times its size.
+    let length = contents[0].len() as u64;
+    let grown = peak() - before;
+    assert!(grown < 3 * length, "{grown} bytes of memory for {length}");
     // Beyond what is kept in memory, it is in the state directory: once.
     let cache = &daemon.status()["cache"];
     let kept = cache["kept_bytes"].as_u64().unwrap() + cache["spilled_bytes"].as_u64().unwrap();

@@ -4,13 +4,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use super::catch_up::{self, Missed};
 use super::file::LogFile;
 use super::line::Line;
 use super::progress::Progress;
+use super::queue::{Item, Taker};
 use crate::ldb::LdbError;
 use crate::ldb::reader::Reader;
 use crate::model::Seq;
@@ -88,12 +89,12 @@ impl Writer {
     }
 
     /// Writes what comes until nothing more can come.
-    pub(super) fn run(mut self, jobs: &Receiver<Job>) {
+    pub(super) fn run(mut self, mut jobs: Taker<Job>) {
         let caught_up = self.catch_up();
         self.note(caught_up);
         loop {
             if self.failing.load(Ordering::Relaxed) {
-                match jobs.recv_timeout(RETRY) {
+                match jobs.take(Some(RETRY)) {
                     // The journal has it.
                     Ok(_) => continue,
                     Err(RecvTimeoutError::Timeout) => {}
@@ -107,8 +108,11 @@ impl Writer {
                     self.note(caught_up);
                 }
             } else {
-                let Ok(job) = jobs.recv() else { return };
-                let done = self.take(&job);
+                let done = match jobs.take(None) {
+                    Ok(Item::Job(job)) => self.take(&job),
+                    Ok(Item::LeftOut) => self.catch_up(),
+                    Err(_) => return,
+                };
                 self.note(done);
             }
         }

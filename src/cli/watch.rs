@@ -26,10 +26,10 @@ use follow::{Follower, Hopeless, Look};
 use notify::Notifier;
 use run::{Ended, Plan, Runner, StateFile, complain};
 
-/// How often a glimpse is taken: at a few tables' sequences, which the kernel has; less often where
-/// inotify has told of the last change first.
+/// How often a glimpse is taken: at a few tables' sequences, which the kernel has; seldom where
+/// inotify tells of changes.
 const GLIMPSE: Duration = Duration::from_millis(2);
-const GLIMPSE_WITH_EVENTS: Duration = Duration::from_millis(25);
+const GLIMPSE_WITH_EVENTS: Duration = Duration::from_millis(100);
 /// Of more tables than a few, or when there is none yet, the daemon is asked for its position.
 const GLIMPSE_ASKING: Duration = Duration::from_millis(10);
 /// So it is, now and then, for tables that come.
@@ -183,7 +183,7 @@ struct Watch {
     /// Why the tree is not there, if that was said.
     away: Option<String>,
     thorough_at: Instant,
-    /// Whether inotify told of the last change.
+    /// Whether inotify told of the last change; at first, whether the mount says that it does.
     by_event: bool,
     /// How long to wait between glimpses.
     pause: Duration,
@@ -293,13 +293,14 @@ impl Watch {
     }
 
     /// Whether the mount is one that can be watched; false when it cannot be asked now.
-    fn check(&self) -> Result<bool, Hopeless> {
+    fn check(&mut self) -> Result<bool, Hopeless> {
         let Ok(status) = daemon::read_status(&self.root, STATUS) else {
             return Ok(false);
         };
         let Ok(status) = serde_json::from_slice::<serde_json::Value>(&status) else {
             return Ok(false);
         };
+        self.by_event = self.notifier.is_some() && status["announce"]["on"] == true;
         match status.get("ldb").and_then(serde_json::Value::as_str) {
             None => Ok(true),
             Some(ldb) => Err(Hopeless(format!(

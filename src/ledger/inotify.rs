@@ -17,6 +17,9 @@ use super::push::{Listener, Push, PushState};
 
 /// How often a file that cannot be watched is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// SQLite writes a commit, waits for the disk, and makes it visible then, which nothing tells of. A
+/// busy disk takes seconds.
+const DISK: Duration = Duration::from_secs(10);
 /// How often to say that the file is there.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// A directory's entries that come and go.
@@ -121,6 +124,10 @@ struct File {
 }
 
 impl Push for InotifyPush {
+    fn settles_within(&self) -> Duration {
+        DISK
+    }
+
     fn run(&mut self, listener: &dyn Listener) {
         let stop = match eventfd() {
             Ok(stop) => Arc::new(stop),

@@ -3,6 +3,8 @@
 //! A push never reads the ledger and never says what has changed: it says *that*, and the
 //! reflector then reads as always. So whatever it misses, the polling underneath finds.
 
+use std::time::Duration;
+
 use crate::model::Seq;
 
 /// Learns of changes of a ledger as they are made.
@@ -10,6 +12,9 @@ pub trait Push: Send {
     /// Tells `listener` until that is stopped. It has a thread of its own, and reconnects by
     /// itself for as long as it takes.
     fn run(&mut self, listener: &dyn Listener);
+
+    /// How long it may take until a change that was told of without a sequence can be read.
+    fn settles_within(&self) -> Duration;
 }
 
 /// Whoever wants to know.

@@ -18,9 +18,6 @@ const AFTER_FIND: Duration = Duration::from_millis(5);
 const LAST_PAUSE: Duration = Duration::from_millis(250);
 /// For how long an announced sequence is looked for.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// For how long something without a sequence is: SQLite writes a commit, waits for the disk, and
-/// makes it visible then, which nothing tells of. A busy disk takes seconds.
-const PATIENCE_UNKNOWN: Duration = Duration::from_secs(10);
 /// How much later than the poll that found an entry push may still tell of it.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -29,7 +26,12 @@ const GRACE: Duration = Duration::from_secs(2);
 pub(super) struct Pace {
     /// The interval without push.
     interval: Duration,
-    hunt: Hunt,
+    /// A sequence that was announced and is not found yet.
+    known: Option<(Seq, Search)>,
+    /// Something without a sequence that may not be found yet.
+    unknown: Option<Search>,
+    /// For how long such a thing is looked for.
+    patience: Duration,
     /// When the last look at the interval was done, and how much jitter the next one has.
     polled: Option<(Instant, u64)>,
     due: bool,
@@ -41,14 +43,10 @@ pub(super) struct Pace {
     distrust: bool,
 }
 
-/// What was announced and not yet found.
-#[derive(Debug, Default)]
-struct Hunt {
-    /// The ledger has this sequence, or is about to.
-    known: Option<Seq>,
-    /// Something without a sequence.
-    unknown: bool,
-    since: Option<Instant>,
+/// Looks for something, with pauses that grow.
+#[derive(Debug)]
+struct Search {
+    since: Instant,
     pause: Duration,
 }
 
@@ -57,7 +55,9 @@ impl Pace {
     pub(super) fn new(interval: Duration) -> Self {
         Pace {
             interval,
-            hunt: Hunt::default(),
+            known: None,
+            unknown: None,
+            patience: Duration::ZERO,
             polled: None,
             due: true,
             checked: None,
@@ -67,9 +67,25 @@ impl Pace {
         }
     }
 
+    /// Looks for so long for what is announced without a sequence.
+    pub(super) fn be_patient(&mut self, patience: Duration) {
+        self.patience = patience;
+    }
+
     /// Notes what was announced. To be called before a look.
     pub(super) fn note(&mut self, wakes: Wakes, now: Instant) {
-        self.hunt.note(wakes, now);
+        let search = || Search {
+            since: now,
+            pause: FIRST_PAUSE,
+        };
+        if let Some(seq) = wakes.known
+            && self.known.as_ref().is_none_or(|(known, _)| *known < seq)
+        {
+            self.known = Some((seq, search()));
+        }
+        if wakes.unknown {
+            self.unknown = Some(search());
+        }
         self.stirred |= wakes.any();
         if let Some((seq, _)) = self.untold
             && (wakes.unknown || wakes.known >= Some(seq))
@@ -87,10 +103,11 @@ impl Pace {
 
     /// Notes that a look found entries up to `last`.
     pub(super) fn found(&mut self, last: Seq, pushed: bool, now: Instant) {
-        if self.hunt.known.is_none_or(|seq| seq <= last) {
-            self.hunt.pause = self.hunt.pause.max(AFTER_FIND);
+        if let Some(search) = &mut self.unknown {
+            search.pause = search.pause.max(AFTER_FIND);
         }
-        if pushed && self.due && self.polled.is_some() && self.hunt.since.is_none() {
+        let announced = self.known.is_some() || self.unknown.is_some();
+        if pushed && self.due && self.polled.is_some() && !announced {
             self.untold = Some((last, now));
         }
     }
@@ -98,7 +115,7 @@ impl Pace {
     /// How long to wait after a look that found nothing, when everything up to `seen` was fetched.
     /// `random` spreads the interval.
     pub(super) fn rest(&mut self, seen: Seq, pushed: bool, now: Instant, random: u64) -> Duration {
-        let pause = self.hunt.pause(seen, self.interval, now);
+        let pause = self.pause(seen, now);
         if self.is_thorough(pushed, now) {
             self.checked = Some(now);
             // What was announced may not be there yet, and not be seen but by a thorough look.
@@ -151,39 +168,32 @@ impl Pace {
         };
         jitter(interval, random).saturating_sub(now.saturating_duration_since(at))
     }
+
+    /// The pause before the next look for what was announced; `None` once there is nothing left to
+    /// look for. A sequence is looked for until it is there. For what has none, looks get rarer up
+    /// to the interval, and go on whatever is found: that may be something else.
+    fn pause(&mut self, seen: Seq, now: Instant) -> Option<Duration> {
+        self.known
+            .take_if(|(seq, search)| *seq <= seen || search.age(now) > PATIENCE);
+        self.unknown
+            .take_if(|search| search.age(now) > self.patience);
+        let (interval, longest) = (self.interval, self.interval.min(LAST_PAUSE));
+        let known = self.known.as_mut().map(|(_, search)| search.next(longest));
+        let unknown = self.unknown.as_mut().map(|search| search.next(interval));
+        known.into_iter().chain(unknown).min()
+    }
 }
 
-impl Hunt {
-    fn note(&mut self, wakes: Wakes, now: Instant) {
-        if wakes.unknown || wakes.known > self.known {
-            self.known = self.known.max(wakes.known);
-            self.unknown |= wakes.unknown;
-            self.since = Some(now);
-            self.pause = FIRST_PAUSE;
-        }
+impl Search {
+    fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.since)
     }
 
-    /// The pause before the next look; `None` once there is nothing left to look for. A sequence
-    /// that is known is looked for until it is there. For what is not known, looks get rarer up to
-    /// the interval, and go on whatever is found: that may be something else.
-    fn pause(&mut self, seen: Seq, interval: Duration, now: Instant) -> Option<Duration> {
-        let age = now.saturating_duration_since(self.since?);
-        self.unknown &= age <= PATIENCE_UNKNOWN;
-        if self.known.is_some_and(|seq| seq <= seen) || age > PATIENCE {
-            self.known = None;
-        }
-        if !self.unknown && self.known.is_none() {
-            *self = Hunt::default();
-            return None;
-        }
-        let longest = if self.known.is_some() {
-            interval.min(LAST_PAUSE)
-        } else {
-            interval
-        };
+    /// The pause before the next look, of at most `longest`.
+    fn next(&mut self, longest: Duration) -> Duration {
         let pause = self.pause.min(longest);
         self.pause = pause.saturating_mul(5) / 4;
-        Some(pause)
+        pause
     }
 }
 
@@ -263,14 +273,15 @@ mod tests {
     #[test]
     fn for_what_has_no_sequence_looks_get_rarer_up_to_the_interval() {
         let mut pace = Pace::new(SECOND / 100);
+        pace.be_patient(SECOND);
         let now = Instant::now();
         millis(&mut pace, 6, now);
         pace.note(UNKNOWN, now);
         let pauses: Vec<_> = (0..15).map(|_| millis(&mut pace, 6, now)).collect();
         assert_eq!(pauses[11..], [5, 7, 9, 10]);
         // However short the interval is, a disk is waited for.
-        assert_eq!(millis(&mut pace, 6, now + PATIENCE_UNKNOWN), 10);
-        let late = now + PATIENCE_UNKNOWN + SECOND / 1_000;
+        assert_eq!(millis(&mut pace, 6, now + SECOND), 10);
+        let late = now + SECOND * 1_001 / 1_000;
         assert_eq!(millis(&mut pace, 6, late), 9, "one more thorough look");
         let late = late + SECOND / 100;
         assert!(pace.is_thorough(true, late));

@@ -115,6 +115,7 @@ impl Reflector {
         if let Some(heartbeat) = self.settings.push
             && let Some(push) = self.source.origin.push(heartbeat)
         {
+            pace.be_patient(push.settles_within());
             push::start(push, stop, &self.board, self.settings.poll_interval);
         }
         let mut backoff = Backoff::new(AFTER_FAILURE);

@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::sync::mpsc::{TryRecvError, channel};
 
 use super::common::daemon::wait_until;
-use super::common::ledger::Tree;
+use super::common::ledger::{Tree, names};
 use super::common::watcher::Watcher;
 use super::{FLAGS, flag};
 
@@ -252,15 +252,45 @@ fn announcements_can_be_turned_off() {
 
 #[test]
 fn nobody_else_sees_what_the_announcing_thread_sees() {
-    let tree = Tree::new(&[], &[FLAGS, &flag("a", 1, "x")]);
-    tree.read("app/flags/a/enabled");
-    let hidden = fs::read_dir(tree.path("")).unwrap();
-    let names: Vec<_> = hidden.map(|e| e.unwrap().file_name()).collect();
-    assert_eq!(names, [".ctlfs", "app"]);
+    let (tree, watcher) = watched("app");
+    let root = tree.daemon.mountpoint();
+    let listed = |directory: &str| names(root.join(directory));
+    let (table, row) = (listed("app/flags"), listed("app/flags/a"));
+    let look = |last: u64| {
+        let text = fs::read_to_string(root.join("app/flags/a/enabled")).unwrap();
+        let value = text.parse().unwrap();
+        assert!(value >= last, "{value} after {last}");
+        assert_eq!(listed(""), [".ctlfs", "app"]);
+        assert_eq!(listed("app/flags/a"), row);
+        let mut others = listed("app/flags");
+        others.retain(|name| name != "c");
+        assert_eq!(others, table);
+        value
+    };
+    std::thread::scope(|scope| {
+        // Ends the reader, however this ends.
+        let (_end, ended) = channel::<()>();
+        scope.spawn(move || {
+            let mut last = 1;
+            while ended.try_recv() == Err(TryRecvError::Empty) {
+                last = look(last);
+            }
+        });
+        for n in 2..400 {
+            tree.apply(&[flag("a", n, "x")]);
+            // Shown before it is announced, and gone likewise.
+            tree.apply(&[flag("c", n, "x")]);
+            assert_eq!(tree.text("app/flags/c/enabled"), n.to_string());
+            tree.apply(&[r#"DELETE FROM app___flags WHERE "name" = 'c'"#]);
+            assert!(!tree.path("app/flags/c").exists());
+        }
+    });
+    // All that time there was something to be announced.
+    assert!(watcher.rest().len() > 1_000);
+    assert_eq!(tree.daemon.status()["announce"]["failed"], 0);
     let error = fs::rename(
         tree.path("app/flags/a/enabled"),
         tree.path("app/flags/a/note"),
     );
     assert_eq!(error.unwrap_err().raw_os_error(), Some(libc::EROFS));
-    assert!(!Path::new(&tree.path(".ctlfs.0")).exists());
 }

@@ -24,7 +24,7 @@ use super::OriginError;
 use super::push::{Listener, Push, PushState};
 use super::session::{CONNECT_TIMEOUT, SessionError, answer};
 use super::url::MySqlUrl;
-use crate::pace::{Backoff, jitter, random};
+use crate::pace::{Backoff, full_jitter, random};
 use events::{Told, Tracker};
 
 /// How often the server says that it is there while nothing happens.
@@ -32,10 +32,12 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 /// After how long without a word the stream counts as broken.
 const SILENCE: Duration = Duration::from_secs(3);
 /// The first pause before the stream is made again, and the longest while the server is away.
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// The pause when there is no binlog to read or no privilege to, which only a person changes.
 const OFF_PAUSE: Duration = Duration::from_secs(60);
+/// A commit is in the binlog, on the disk, a moment before it is visible.
+const COMMIT: Duration = Duration::from_secs(1);
 /// The most that a position in COM_BINLOG_DUMP can be.
 const MAX_POSITION: u64 = u32::MAX as u64;
 
@@ -254,6 +256,8 @@ impl BinlogPush {
                  REPLICATION CLIENT ON *.* to the user to have changes at once",
                 self.origin
             )),
+            // It has too many connections, all in all or of this user: more tries make it worse.
+            (_, Some(1040 | 1203 | 1226)) => End::Failed(error.to_string()),
             (OriginError::Unreachable { .. }, _) => End::Broken(error.to_string()),
             // The server's own word for a stream that it ends: a file that is gone, another
             // follower with the same number, a query that was killed.
@@ -264,6 +268,10 @@ impl BinlogPush {
 }
 
 impl Push for BinlogPush {
+    fn settles_within(&self) -> Duration {
+        COMMIT
+    }
+
     fn run(&mut self, listener: &dyn Listener) {
         let runtime = match tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -305,7 +313,8 @@ impl Push for BinlogPush {
                     backoff.next(OFF_PAUSE)
                 }
             };
-            let pause = jitter(pause, random());
+            // A server that is back is met by the whole fleet.
+            let pause = full_jitter(pause, random());
             let stopped = runtime
                 .block_on(async { tokio::time::timeout(pause, stop.notified()).await.is_ok() });
             if stopped {

@@ -7,6 +7,10 @@ use crate::ledger::push::{Listener, PushState};
 struct Told(std::sync::mpsc::Receiver<Option<Seq>>);
 
 impl Push for Told {
+    fn settles_within(&self) -> Duration {
+        Duration::from_secs(1)
+    }
+
     fn run(&mut self, listener: &dyn Listener) {
         listener.state(PushState::On, None);
         while let Ok(seq) = self.0.recv() {
