@@ -435,6 +435,30 @@ fn a_watch_waits_for_its_mount_to_come_back() {
     );
 }
 
+#[test]
+fn what_was_undone_again_while_the_daemon_was_away_is_told() {
+    let tree = Tree::new(&[], &[FLAGS.to_owned(), flag("a", 1, "NULL")]);
+    let state = tree.place.root().join("seen");
+    let root = tree.path("");
+    let watch = Watch::started(&state, &[OsStr::new("--json"), root.as_os_str()]);
+    tree.read(".ctlfs/changes/app/flags.ndjson");
+    let Tree {
+        daemon,
+        ledger,
+        place,
+    } = tree;
+    drop(daemon);
+    let undone = [
+        ledger.append(&[flag("a", 2, "NULL")]),
+        ledger.append(&[flag("a", 1, "NULL")]),
+        ledger.append(&[flag("b", 1, "NULL")]),
+        ledger.append(&[r#"DELETE FROM app___flags WHERE "name" = 'b'"#]),
+    ];
+    let _daemon = Daemon::mount(&place, &[]);
+    watch.wait_seq(undone[3]);
+    assert_eq!(seqs(&watch.json()), undone);
+}
+
 /// A command that says when it runs, and goes on while the file `hold` is there.
 struct Job {
     dir: tempfile::TempDir,

@@ -480,6 +480,51 @@ fn large_answers_come_in_parts() {
 }
 
 #[test]
+fn an_answer_goes_on_behind_an_entry_of_any_size() {
+    on_both(|place| {
+        let mut executive = with_flags(place);
+        for (name, size) in [
+            ("a", 1),
+            ("b", 9 << 20),
+            ("c", 1),
+            ("d", 13 << 20),
+            ("e", 1),
+        ] {
+            let note = Value::text("x".repeat(size));
+            let row = upsert(&[("name", Value::text(name)), ("note", note)]);
+            executive.mutate(&[row]).unwrap();
+        }
+        let all: Vec<Seq> = place.entries().iter().map(|e| e.seq).collect();
+        // As the reflector does: from the entry that it has, which is in the answer.
+        let mut origin = place.origin();
+        let mut seen = vec![all[0]];
+        while seen.len() < all.len() {
+            let last = seen[seen.len() - 1];
+            let more = origin.fetch(last).unwrap();
+            assert_eq!(more[0].seq, last);
+            assert!(more.len() > 1, "nothing behind {last}, but {all:?}");
+            seen.extend(more[1..].iter().map(|e| e.seq));
+        }
+        assert_eq!(seen, all);
+    });
+}
+
+#[test]
+fn an_entry_that_cannot_be_read_is_an_error_once_it_is_next() {
+    // MySQL keeps such text out of its table.
+    let place = Place::Embedded(tempfile::tempdir().unwrap());
+    let mut executive = with_flags(&place);
+    let row = upsert(&[("name", Value::text("a"))]);
+    executive.mutate(&[row]).unwrap();
+    let last = place.entries().last().unwrap().seq;
+    place.run("INSERT INTO ctlstore_dml_ledger (statement) VALUES (x'ff00')");
+    let mut origin = place.origin();
+    assert_eq!(origin.fetch(Seq::new(1)).unwrap().last().unwrap().seq, last);
+    let error = origin.fetch(last).unwrap_err();
+    assert!(matches!(error, OriginError::Failed { .. }), "{error}");
+}
+
+#[test]
 fn the_embedded_ledger_is_private_and_only_init_creates_it() {
     use std::os::unix::fs::PermissionsExt;
 

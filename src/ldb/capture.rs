@@ -97,7 +97,7 @@ struct RowState {
 pub(super) struct Outcome {
     /// The table.
     pub(super) table: Arc<Table>,
-    /// The last entry that changed it; `None` when nothing changed in the end.
+    /// The last entry that changed it; `None` when none did.
     pub(super) last: Option<Stamp>,
     /// The changed rows; `None` when they were too many to keep.
     pub(super) rows: Option<Vec<RowChange>>,
@@ -431,13 +431,10 @@ impl Rows {
         Overflow::new(self.fates(), self.last())
     }
 
-    /// The last entry with an effect that lasts.
+    /// The last entry that changed something, also if later ones have undone it: the journal tells
+    /// of it, and where entries are applied one by one it is the table's last change as well.
     fn last(&self) -> Option<Stamp> {
-        self.rows
-            .values()
-            .filter(|row| row.change().is_some())
-            .filter_map(|row| row.stamp)
-            .max()
+        self.rows.values().filter_map(|row| row.stamp).max()
     }
 }
 

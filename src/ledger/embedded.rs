@@ -10,7 +10,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, Row};
 
 use super::inotify::InotifyPush;
 use super::push::Push;
-use super::{Entry, LEDGER_TABLE, Origin, OriginError};
+use super::{Entry, LEDGER_TABLE, Origin, OriginError, holds_more};
 use crate::model::{LedgerTime, Seq};
 
 /// The statement bytes at which an answer ends.
@@ -162,7 +162,8 @@ impl Origin for EmbeddedOrigin {
                     }
                     Err(reason) => return Ok((entries, Some(reason))),
                 }
-                if bytes >= ANSWER_BYTES {
+                // The first may be the one at `from`.
+                if bytes >= ANSWER_BYTES && entries.len() >= 2 {
                     break;
                 }
             }
@@ -170,7 +171,9 @@ impl Origin for EmbeddedOrigin {
         })?;
         match broken {
             // What stands before it can still be applied; the next fetch starts with it.
-            Some(reason) if entries.is_empty() => Err(OriginError::Failed { origin, reason }),
+            Some(reason) if !holds_more(&entries, from) => {
+                Err(OriginError::Failed { origin, reason })
+            }
             _ => Ok(entries),
         }
     }

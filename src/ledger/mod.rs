@@ -49,7 +49,8 @@ impl fmt::Debug for Entry {
 /// A ledger that can be followed.
 pub trait Origin: Send {
     /// Entries with a sequence of at least `from`, ascending, without leaving any out in between.
-    /// An origin bounds the memory an answer takes, and gives at least one entry if there is one.
+    /// An origin bounds the memory an answer takes, but gives an entry behind `from` if there is
+    /// one: whoever asks from the entry that it has takes an answer without for the ledger's end.
     fn fetch(&mut self, from: Seq) -> Result<Vec<Entry>, OriginError>;
 
     /// The sequence of the last entry; `None` when the ledger is empty.
@@ -73,6 +74,11 @@ pub trait Origin: Send {
     fn clock_ahead(&self) -> Option<i64> {
         None
     }
+}
+
+/// Whether an answer to [`Origin::fetch`] has an entry behind `from`.
+fn holds_more(entries: &[Entry], from: Seq) -> bool {
+    entries.last().is_some_and(|last| last.seq > from)
 }
 
 /// The ledger that a URL names. Nothing is connected or opened before the first call, so that a

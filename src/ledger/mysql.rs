@@ -11,7 +11,7 @@ use super::binlog::BinlogPush;
 use super::push::Push;
 use super::session::{Purpose, Session, SessionError, answer};
 use super::url::MySqlUrl;
-use super::{Entry, LEDGER_TABLE, Origin, OriginError};
+use super::{Entry, LEDGER_TABLE, Origin, OriginError, holds_more};
 use crate::model::{LedgerTime, Seq};
 
 /// The statement bytes that an answer aims at.
@@ -146,7 +146,7 @@ impl Origin for MySqlOrigin {
         self.limit = next_limit(self.limit, answer.entries.len(), answer.bytes);
         match answer.broken {
             // What stands before it can still be applied; the next fetch starts with it.
-            Some(reason) if answer.entries.is_empty() => Err(self.failed(reason)),
+            Some(reason) if !holds_more(&answer.entries, from) => Err(self.failed(reason)),
             _ => Ok(answer.entries),
         }
     }
@@ -204,7 +204,8 @@ async fn read_entries(conn: &mut Conn, sql: &str, limit: usize) -> Result<Answer
                 break;
             }
         }
-        if found.bytes >= MAX_ANSWER_BYTES
+        // The first may be the one at `from`.
+        if (found.bytes >= MAX_ANSWER_BYTES && found.entries.len() >= 2)
             || (found.entries.len().is_multiple_of(256) && started.elapsed() > MAX_ANSWER_TIME)
         {
             found.unread = found.entries.len() < limit;
@@ -243,11 +244,11 @@ fn entry(row: Row) -> Result<Entry, String> {
 }
 
 /// The limit for the next query, so that an answer is about [`ANSWER_BYTES`]; it grows slowly,
-/// because entries of one kind come together.
+/// because entries of one kind come together. Never one, which may be all that was there before.
 fn next_limit(limit: usize, entries: usize, bytes: usize) -> usize {
     match bytes.checked_div(entries) {
         None | Some(0) => limit,
-        Some(average) => (ANSWER_BYTES / average).clamp(1, (limit * 4).min(MAX_LIMIT)),
+        Some(average) => (ANSWER_BYTES / average).clamp(2, (limit * 4).min(MAX_LIMIT)),
     }
 }
 
@@ -260,7 +261,8 @@ mod tests {
         assert_eq!(next_limit(1000, 1000, 100_000), 4000);
         assert_eq!(next_limit(64_000, 64_000, 6_400_000), MAX_LIMIT);
         assert_eq!(next_limit(1000, 10, MAX_ANSWER_BYTES), 5);
-        assert_eq!(next_limit(1, 1, 17 << 20), 1);
+        assert_eq!(next_limit(2, 1, 17 << 20), 2);
+        assert_eq!(next_limit(2, 2, 200), 8);
         assert_eq!(next_limit(1000, 0, 0), 1000);
     }
 }
