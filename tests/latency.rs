@@ -238,6 +238,8 @@ fn busy_readers() {
 struct Round {
     p50: Duration,
     p99: Duration,
+    /// The p50 with COMMIT itself.
+    whole: Duration,
 }
 
 /// Changes the row [`CHANGES`] times, beginning with the number `first`.
@@ -288,6 +290,7 @@ fn round(daemon: &Daemon, ledger: &mut dyn Ledger, first: u64, readers: bool, wh
     Round {
         p50: at(50),
         p99: at(99),
+        whole: of(&with_commit, 50),
     }
 }
 
@@ -295,10 +298,12 @@ fn round(daemon: &Daemon, ledger: &mut dyn Ledger, first: u64, readers: bool, wh
 /// than it is, and none faster: so the best of a few counts.
 fn measure(what: &str, daemon: &Daemon, ledger: &mut dyn Ledger) {
     let mut first = 1;
+    let mut whole = Duration::ZERO;
     for readers in [false, true] {
         let good = (0..ROUNDS).any(|_| {
             let round = round(daemon, ledger, first, readers, what);
             first += CHANGES;
+            whole = round.whole;
             round.p50 <= P50 && round.p99 <= P99
         });
         assert!(
@@ -309,7 +314,13 @@ fn measure(what: &str, daemon: &Daemon, ledger: &mut dyn Ledger) {
     let delay = &daemon.status()["delay"];
     println!("{what}: status.json says {delay}");
     assert_eq!(delay["count"], 1000);
-    assert!(delay["p50_ms"].as_f64().unwrap() <= 50.0, "{delay}");
+    // Of the last changes, from when they were written; a clock of milliseconds may be one off.
+    let told = delay["p50_ms"].as_f64().unwrap();
+    let seen = whole.as_secs_f64() * 1e3;
+    assert!(
+        (told - seen).abs() <= 5.0 + seen,
+        "{delay}, and {seen} ms here"
+    );
 }
 
 struct EndOnDrop(Arc<AtomicBool>);

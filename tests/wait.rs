@@ -94,7 +94,7 @@ fn wait_says_where_it_stands_when_the_time_is_up() {
     assert_eq!(late.status.code(), Some(1));
     let said = stderr(&late);
     assert!(
-        said.contains("does not show sequence 4711 after 1"),
+        said.contains("does not show sequence 4711 after "),
         "{said}"
     );
     assert!(said.contains(&format!("it stands at {seq}")), "{said}");

@@ -34,6 +34,7 @@ pub(crate) use deadline::wait_until;
 pub use lock::LockError;
 pub(crate) use lock::create as create_private;
 pub(crate) use log::is_level;
+use mountinfo::MountId;
 pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, read as mounts, resolve};
 pub use mountpoint::MountpointError;
 pub(crate) use mountpoint::{daemon_identity, detach, is_root, is_stale, read_status};
@@ -275,8 +276,8 @@ fn start_of(ldb: &wiring::Ldb) -> Start {
 /// What runs once the tree is mounted. Dropping it unmounts.
 struct Live {
     path: PathBuf,
-    /// The kernel's number of our mount, if it was seen in its list.
-    id: Option<u64>,
+    /// Which mount is ours, if it was seen in the kernel's list.
+    id: Option<MountId>,
     /// Whether it is still ours to unmount.
     mounted: bool,
     reflector: Option<wiring::Running>,
@@ -452,8 +453,8 @@ impl Live {
         }
     }
 
-    /// Whether unmounting by path would hit our mount: the number tells it from one that somebody
-    /// put on top. When the kernel's list cannot be read, it is worth a try.
+    /// Whether unmounting by path would hit our mount, and not one that somebody put on top or, once
+    /// ours was gone, in its place. When the kernel's list cannot be read, it is worth a try.
     fn is_on_top(&self) -> bool {
         let Ok(top) = mountinfo::at(&self.path) else {
             return true;
@@ -485,7 +486,10 @@ impl Drop for Live {
 
 /// Ends the announcements when somebody unmounts the tree: the clone of the mount that they are made
 /// through would keep the file system, and so this process, alive.
-fn end_announcements_with(id: Option<u64>, announcements: wiring::Announcements) -> io::Result<()> {
+fn end_announcements_with(
+    id: Option<MountId>,
+    announcements: wiring::Announcements,
+) -> io::Result<()> {
     let Some(id) = id else {
         tracing::warn!("changes raise no inotify events: the mount is not in the kernel's list");
         announcements.end();

@@ -12,11 +12,20 @@ use std::path::{Path, PathBuf};
 /// The source that every ctlfs mount names.
 pub(crate) const SOURCE: &str = "ctlfs";
 
+/// Which mount it is. The kernel gives the number of a mount that is gone to the next one, so the
+/// device counts as well; that is its own while anything holds the file system.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct MountId {
+    number: u64,
+    /// Major and minor.
+    device: (u32, u32),
+}
+
 /// One line of mountinfo.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mount {
-    /// The kernel's number of this mount; a later mount on the same directory has another.
-    pub(crate) id: u64,
+    /// Which mount it is.
+    pub(crate) id: MountId,
     /// Where it is mounted.
     pub(crate) target: PathBuf,
     /// `fuse`, `ext4`, …
@@ -45,14 +54,14 @@ pub(crate) fn at(path: &Path) -> io::Result<Option<Mount>> {
     Ok(top(read()?, path))
 }
 
-/// Whether the mount with this number is still there.
-pub(crate) fn is_mounted(id: u64) -> bool {
+/// Whether this mount is still there.
+pub(crate) fn is_mounted(id: MountId) -> bool {
     read().is_ok_and(|mounts| mounts.iter().any(|m| m.id == id))
 }
 
-/// Waits until the mount with this number is gone. Returns at once if the kernel's list cannot be
+/// Waits until this mount is gone. Returns at once if the kernel's list cannot be
 /// watched.
-pub(crate) fn wait_gone(id: u64) -> io::Result<()> {
+pub(crate) fn wait_gone(id: MountId) -> io::Result<()> {
     let list = fs::File::open("/proc/self/mountinfo")?;
     let mut polled = libc::pollfd {
         fd: list.as_raw_fd(),
@@ -85,8 +94,10 @@ fn parse(text: &[u8]) -> Vec<Mount> {
 /// dash vary in number.
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut words = line.split(|b| *b == b' ').filter(|w| !w.is_empty());
-    let id = std::str::from_utf8(words.next()?).ok()?.parse().ok()?;
-    let target = unescape(words.nth(3)?);
+    let number = std::str::from_utf8(words.next()?).ok()?.parse().ok()?;
+    let device = std::str::from_utf8(words.nth(1)?).ok()?.split_once(':')?;
+    let device = (device.0.parse().ok()?, device.1.parse().ok()?);
+    let target = unescape(words.nth(1)?);
     let mut rest = words.skip_while(|w| *w != b"-").skip(1);
     let kind = String::from_utf8_lossy(rest.next()?).into_owned();
     let source = rest.next().map(unescape).unwrap_or_default();
@@ -96,7 +107,7 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
         .and_then(|options| options.split(',').find_map(|o| o.strip_prefix("user_id=")))
         .and_then(|user| user.parse().ok());
     Some(Mount {
-        id,
+        id: MountId { number, device },
         target: PathBuf::from(target),
         kind,
         source: source.to_string_lossy().into_owned(),
@@ -161,7 +172,8 @@ mod tests {
         assert_eq!(mounts.len(), 6);
         let odd = &mounts[1];
         assert_eq!(odd.target, Path::new("/srv/with space\\x"));
-        assert_eq!((odd.id, odd.kind.as_str()), (90, "fuse"));
+        assert_eq!((odd.id.number, odd.kind.as_str()), (90, "fuse"));
+        assert_eq!(odd.id.device, (0, 50));
         assert!(odd.is_ctlfs());
         assert_eq!((odd.user, mounts[0].user), (Some(7), None));
         assert!(!mounts[4].is_ctlfs());
@@ -170,7 +182,10 @@ mod tests {
     #[test]
     fn the_last_mount_on_a_directory_is_on_top() {
         let mounts = parse(SAMPLE);
-        assert_eq!(top(mounts.clone(), Path::new("/ctl")).unwrap().id, 92);
+        assert_eq!(
+            top(mounts.clone(), Path::new("/ctl")).unwrap().id.number,
+            92
+        );
         assert!(top(mounts, Path::new("/none")).is_none());
     }
 

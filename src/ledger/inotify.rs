@@ -9,17 +9,19 @@ use std::ffi::{CStr, CString, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use super::push::{Listener, Push, PushState};
+use super::push::{Listener, Push, PushState, Settling};
 
 /// How often a file that cannot be watched is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// SQLite writes a commit, waits for the disk, and makes it visible then, which nothing tells of. A
 /// busy disk takes seconds.
 const DISK: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(3);
 /// How often to say that the file is there.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// A directory's entries that come and go.
@@ -51,6 +53,8 @@ impl InotifyPush {
             return Err(io::Error::other("it is no path of a file"));
         };
         let inotify = Inotify::new()?;
+        // First: should it be replaced in between, it is another one at the next look.
+        let watched = identity(directory)?;
         let watch = inotify.add(directory, NAMES | MOVES)?;
         let beside = |suffix: &str| {
             let mut beside = name.to_owned();
@@ -64,23 +68,32 @@ impl InotifyPush {
             })
             .into();
         for file in &mut files {
-            file.watch = inotify.add(&directory.join(&file.name), WRITES).ok();
+            file.watch = inotify.add_if_there(&directory.join(&file.name))?;
         }
         listener.state(PushState::On, None);
         listener.changed(None);
         let mut buffer = vec![0; 16 << 10];
+        let mut looked = Instant::now();
         loop {
-            let ready = wait(&[inotify.0.as_raw_fd(), stop.as_raw_fd()], self.heartbeat)?;
+            // Others may make files there all the time, so silence is not waited for.
+            let rest = self.heartbeat.saturating_sub(looked.elapsed());
+            let ready = wait(&[inotify.0.as_raw_fd(), stop.as_raw_fd()], rest)?;
             if listener.is_stopped() {
                 return Ok(());
             }
-            if !ready {
-                match std::fs::canonicalize(&self.path) {
-                    Ok(now) if now == path => listener.contact(true),
-                    // A link that leads elsewhere by now.
+            if looked.elapsed() >= self.heartbeat {
+                looked = Instant::now();
+                let now = std::fs::canonicalize(&self.path);
+                match now {
+                    Ok(now) if now == path && identity(directory).ok() == Some(watched) => {
+                        listener.contact(!ready);
+                    }
+                    // A link that leads elsewhere by now, or another directory of that name.
                     Ok(_) => return Ok(()),
                     Err(_) => {}
                 }
+            }
+            if !ready {
                 continue;
             }
             let mut changed = false;
@@ -99,7 +112,7 @@ impl InotifyPush {
                     if let Some(old) = file.watch.take() {
                         inotify.remove(old);
                     }
-                    file.watch = inotify.add(&directory.join(&file.name), WRITES).ok();
+                    file.watch = inotify.add_if_there(&directory.join(&file.name))?;
                     changed = true;
                 } else if let Some(file) = files.iter_mut().find(|f| f.watch == Some(event.watch)) {
                     if event.mask & libc::IN_IGNORED != 0 {
@@ -124,8 +137,15 @@ struct File {
 }
 
 impl Push for InotifyPush {
-    fn settles_within(&self) -> Duration {
-        DISK
+    fn settling(&self) -> Settling {
+        Settling {
+            within: DISK,
+            pause: Some(PAUSE),
+        }
+    }
+
+    fn blind_spot(&self) -> &'static str {
+        "the ledger's file may be written by another host, of which this one's kernel does not tell"
     }
 
     fn run(&mut self, listener: &dyn Listener) {
@@ -189,6 +209,14 @@ impl Inotify {
         Ok(watch)
     }
 
+    /// Watches the writes to a file, unless there is none.
+    fn add_if_there(&self, path: &Path) -> io::Result<Option<i32>> {
+        match self.add(path, WRITES) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            added => added.map(Some),
+        }
+    }
+
     fn remove(&self, watch: i32) {
         // SAFETY: no pointers. It fails when the kernel has removed the watch already.
         unsafe { libc::inotify_rm_watch(self.0.as_raw_fd(), watch) };
@@ -208,6 +236,12 @@ impl Inotify {
         };
         Ok(events(buffer.get(..length).unwrap_or_default()))
     }
+}
+
+/// What tells a directory from another one of the same name.
+fn identity(directory: &Path) -> io::Result<(u64, u64)> {
+    let meta = std::fs::metadata(directory)?;
+    Ok((meta.dev(), meta.ino()))
 }
 
 /// Takes `struct inotify_event`s apart: the watch, the mask, a cookie and the length of the name, of
@@ -242,7 +276,7 @@ fn wait(descriptors: &[i32], timeout: Duration) -> io::Result<bool> {
         })
         .collect();
     let count = libc::nfds_t::try_from(polled.len()).unwrap_or(0);
-    let timeout = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+    let timeout = i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
     // SAFETY: the pointer and count are of one array that is ours to write.
     match unsafe { libc::poll(polled.as_mut_ptr(), count, timeout) } {
         0 => Ok(false),
@@ -276,7 +310,6 @@ fn signal(eventfd: &OwnedFd) {
 mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-    use std::time::Instant;
 
     use rusqlite::Connection;
 
@@ -394,9 +427,31 @@ mod tests {
             });
             told(counts, "a commit behind that", || insert(&db));
             let contacts = counts.contacts.load(Ordering::SeqCst);
-            wait_until("contact", || {
-                counts.contacts.load(Ordering::SeqCst) > contacts
+            wait_until("contact, whatever else is written there", || {
+                std::fs::write(dir.path().join("other"), "").unwrap();
+                std::fs::remove_file(dir.path().join("other")).unwrap();
+                counts.contacts.load(Ordering::SeqCst) > contacts + 2
             });
+        });
+    }
+
+    #[test]
+    fn another_directory_of_the_same_name_is_watched() {
+        let dir = tempfile::tempdir().unwrap();
+        let (above, aside) = (dir.path().join("above"), dir.path().join("aside"));
+        let path = above.join("state/ledger.db");
+        std::fs::create_dir_all(above.join("state")).unwrap();
+        drop(ledger(&path));
+        watching(&path, |counts| {
+            wait_until("it is on", || counts.on.load(Ordering::SeqCst));
+            let mut db = None;
+            told(counts, "the other directory is noticed", || {
+                std::fs::rename(&above, &aside).unwrap();
+                std::fs::create_dir_all(above.join("state")).unwrap();
+                db = Some(ledger(&path));
+            });
+            let db = db.unwrap();
+            told(counts, "a commit there", || insert(&db));
         });
     }
 

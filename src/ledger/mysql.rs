@@ -70,38 +70,36 @@ impl MySqlOrigin {
             self.seen_broken = broken;
             self.session.drop_connection();
         }
+        // From here on: whatever breaks while it connects counts as well.
+        let breaks = self.broken.subscribe();
         let result = self.session.connect().and_then(|()| {
-            self.compare_clocks();
-            self.session.run_again(async |conn| {
-                let mut breaks = self.broken.subscribe();
-                tokio::select! {
-                    biased;
-                    result = work(conn) => result,
-                    _ = breaks.changed() => Err(SessionError::Gone),
-                }
-            })
+            self.compare_clocks(&breaks)?;
+            self.session
+                .run_again(async |conn| unless_broken(&breaks, work(conn)).await)
         });
         result.map_err(|e| e.into_origin(self.session.origin().to_owned()))
     }
 
     /// Compares the clocks on a new connection, and now and then on an old one.
-    fn compare_clocks(&mut self) {
+    fn compare_clocks(&mut self, breaks: &watch::Receiver<u64>) -> Result<(), SessionError> {
         let connection = self.session.connections();
         if self
             .clock
             .as_ref()
             .is_some_and(|c| c.connection == connection && c.at.elapsed() < CLOCK_AGE)
         {
-            return;
+            return Ok(());
         }
         let sql = "SELECT TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(6))";
         let asked = (Instant::now(), SystemTime::now());
         // A clock that cannot be had is no reason not to read the ledger.
         let theirs = self
             .session
-            .run(async |conn| answer(conn.query_first::<i64, _>(sql)).await);
-        let Ok(Some(theirs)) = theirs else {
-            return;
+            .run(async |conn| unless_broken(breaks, answer(conn.query_first::<i64, _>(sql))).await);
+        let theirs = match theirs {
+            Ok(Some(theirs)) => theirs,
+            Err(gone @ SessionError::Gone) => return Err(gone),
+            Ok(None) | Err(_) => return Ok(()),
         };
         let ours = LedgerTime::from(asked.1 + asked.0.elapsed() / 2).micros();
         self.clock = Some(Clock {
@@ -109,6 +107,7 @@ impl MySqlOrigin {
             at: Instant::now(),
             connection,
         });
+        Ok(())
     }
 
     fn failed(&self, reason: impl Into<String>) -> OriginError {
@@ -180,6 +179,19 @@ impl Origin for MySqlOrigin {
 
     fn clock_ahead(&self) -> Option<i64> {
         self.clock.as_ref().map(|clock| clock.ahead)
+    }
+}
+
+/// Does `work`, unless the binlog stream breaks meanwhile: the server may have gone without a word.
+async fn unless_broken<T>(
+    breaks: &watch::Receiver<u64>,
+    work: impl Future<Output = Result<T, SessionError>>,
+) -> Result<T, SessionError> {
+    let mut breaks = breaks.clone();
+    tokio::select! {
+        biased;
+        result = work => result,
+        _ = breaks.changed() => Err(SessionError::Gone),
     }
 }
 

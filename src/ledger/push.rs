@@ -13,8 +13,20 @@ pub trait Push: Send {
     /// itself for as long as it takes.
     fn run(&mut self, listener: &dyn Listener);
 
-    /// How long it may take until a change that was told of without a sequence can be read.
-    fn settles_within(&self) -> Duration;
+    /// How to look for a change that was told of without a sequence.
+    fn settling(&self) -> Settling;
+
+    /// Why it may not tell of a change.
+    fn blind_spot(&self) -> &'static str;
+}
+
+/// How a change that was told of becomes one that can be read.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Settling {
+    /// How long that may take.
+    pub within: Duration,
+    /// The longest pause between looks in the first second, where looks are cheap.
+    pub pause: Option<Duration>,
 }
 
 /// Whoever wants to know.

@@ -19,9 +19,9 @@ use super::announcing::Target;
 use super::server::Server;
 use super::state::{State, View};
 use crate::model::{
-    Catalog, ChangeSet, Extent, Key, RowChange, RowKind, TableChange, TableRef, Value,
+    Catalog, ChangeSet, Extent, FamilyName, Key, RowChange, RowKind, TableChange, TableRef, Value,
 };
-use crate::tree::export::ExportFile;
+use crate::tree::export::{Collection, ExportFile};
 use crate::tree::node::{Node, RowFile, TableFile};
 
 /// A transaction of more changed rows than this is announced by the `.seq` of its tables only.
@@ -32,6 +32,9 @@ const MAX_STEPS: usize = 10_000;
 /// What happens to a place.
 enum Act {
     Replace(Node),
+    /// A field's file that comes in the place of the second one: the table's fields are numbered
+    /// otherwise now.
+    Renumber(Node, Node),
     Remove(Node),
     Make(Node),
 }
@@ -129,7 +132,7 @@ impl Server {
         let after = &view.catalog;
         let mut acts = Vec::new();
         for family in after.families().filter(|f| !before.has_family(f)) {
-            acts.push(Act::Make(Node::Family(family.clone())));
+            acts.extend(places_of(family).map(Act::Make));
         }
         for TableChange { table, extent } in &changes.tables {
             let name = Arc::new(table.clone());
@@ -167,7 +170,7 @@ impl Server {
                 Extent::Rows { .. } => {}
                 // Otherwise so many rows changed that they were not kept.
                 Extent::Whole if few && before.get(table) != after.get(table) => {
-                    self.whole_acts(view, &name, known, &mut acts);
+                    self.whole_acts(view, before, &name, known, &mut acts);
                 }
                 Extent::Whole => {}
             }
@@ -183,7 +186,7 @@ impl Server {
             }
         }
         for family in before.families().filter(|f| !after.has_family(f)) {
-            acts.push(Act::Remove(Node::Family(family.clone())));
+            acts.extend(places_of(family).map(Act::Remove));
         }
         acts
     }
@@ -235,7 +238,14 @@ impl Server {
     }
 
     /// A table that changed as a whole: every file of it that was known is another one now.
-    fn whole_acts(&self, view: &View, table: &Arc<TableRef>, known: &Known, acts: &mut Vec<Act>) {
+    fn whole_acts(
+        &self,
+        view: &View,
+        before: &Catalog,
+        table: &Arc<TableRef>,
+        known: &Known,
+        acts: &mut Vec<Act>,
+    ) {
         let of_table =
             |node: &&Node| matches!(node, Node::Dir(t, _) | Node::RowFile(t, _, _) if t == table);
         let mut nodes: Vec<&Node> = known.old.keys().filter(of_table).collect();
@@ -247,32 +257,65 @@ impl Server {
             Node::Dir(_, key) => (1, usize::MAX - key.len()),
             _ => (0, 0),
         });
+        // The number that a field has now.
+        let number = |old: u16| {
+            let name = &before
+                .get(table)?
+                .schema
+                .fields()
+                .get(usize::from(old))?
+                .name;
+            let fields = view.catalog.get(table)?.schema.fields();
+            u16::try_from(fields.iter().position(|field| field.name == *name)?).ok()
+        };
+        let is_there = |node: &Node| self.load(view, node).is_ok_and(|at| at.value.is_some());
         for node in nodes {
-            let there = self.load(view, node).is_ok_and(|at| at.value.is_some());
-            acts.push(match node {
-                Node::RowFile(..) if there => Act::Replace(node.clone()),
-                _ => Act::Remove(node.clone()),
+            let now = match node {
+                Node::RowFile(table, key, RowFile::Field(old)) => number(*old).map(|new| {
+                    Node::RowFile(Arc::clone(table), Arc::clone(key), RowFile::Field(new))
+                }),
+                Node::RowFile(..) => Some(node.clone()),
+                _ => None,
+            };
+            acts.push(match now.filter(is_there) {
+                Some(now) if now == *node => Act::Replace(now),
+                Some(now) => Act::Renumber(now, node.clone()),
+                None => Act::Remove(node.clone()),
             });
         }
     }
 }
 
+/// Where a family is in the tree.
+fn places_of(family: &FamilyName) -> impl Iterator<Item = Node> {
+    let collections = Collection::ALL.map(|c| Node::CollectionFamily(c, family.clone()));
+    collections
+        .into_iter()
+        .chain([Node::Family(family.clone())])
+}
+
 impl Plan<'_> {
     fn add(&mut self, act: Act) {
-        let (Act::Replace(node) | Act::Remove(node) | Act::Make(node)) = &act;
+        // What it was before.
+        let (Act::Replace(node) | Act::Renumber(_, node) | Act::Remove(node) | Act::Make(node)) =
+            &act;
         let parent = node.parent();
         // A directory that is gone is known by the inode it had.
         let known = self.state.ino(&parent).is_some() || self.known.old.contains_key(&parent);
         if !known && !self.known.old.contains_key(node) && !self.known.above.contains(node) {
             return;
         }
-        let Some(name) = self.name(node) else { return };
+        let name = match &act {
+            Act::Remove(node) => node.name(self.before).or_else(|| node.name(&self.after)),
+            Act::Replace(node) | Act::Renumber(node, _) | Act::Make(node) => self.name(node),
+        };
+        let Some(name) = name else { return };
         let Ok(text) = CString::new(name.clone()) else {
             return;
         };
         let old = self.known.old.get(node).copied();
         let (target, step) = match act {
-            Act::Replace(node) => {
+            Act::Replace(node) | Act::Renumber(node, _) => {
                 let announcing = &mut self.state.announcing;
                 announcing.next += 1;
                 let staged = announcing.next.to_string();

@@ -97,6 +97,10 @@ impl Server {
             let Some(page) = self.checked(&view, page)? else {
                 continue;
             };
+            if view.pin.is_none() {
+                // Whoever has seen this may look the entries up.
+                self.state().seen(page.seq);
+            }
             let last_page = page.value.len() < LIST_PAGE;
             for key in page.value {
                 position += 1;

@@ -312,10 +312,14 @@ impl State {
         name: &[u8],
         node: Option<&Node>,
     ) -> Duration {
-        // A pinned tree never changes, and what the kernel holds of it goes with it.
-        let pinned = |slot: &Slot| slot.node.pin().is_some();
-        if self.slots.get(&parent).is_some_and(pinned) {
-            return LONG;
+        if let Some(slot) = self.slots.get(&parent)
+            && slot.node.pin().is_some()
+        {
+            // A pinned tree never changes, and what the kernel holds of it goes with the families.
+            return match slot.node.place() {
+                Node::Root => Duration::ZERO,
+                _ => LONG,
+            };
         }
         let touched = match node {
             Some(node) => self.touch(node) != Touch::None,

@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use super::stop::Wakes;
+use crate::ledger::push::Settling;
 use crate::model::Seq;
 use crate::pace::jitter;
 
@@ -18,6 +19,8 @@ const AFTER_FIND: Duration = Duration::from_millis(5);
 const LAST_PAUSE: Duration = Duration::from_millis(250);
 /// For how long an announced sequence is looked for.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// For how long looks that are cheap are taken at short pauses.
+const AT_FIRST: Duration = Duration::from_secs(1);
 /// How much later than the poll that found an entry push may still tell of it.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -30,8 +33,8 @@ pub(super) struct Pace {
     known: Option<(Seq, Search)>,
     /// Something without a sequence that may not be found yet.
     unknown: Option<Search>,
-    /// For how long such a thing is looked for.
-    patience: Duration,
+    /// How such a thing is looked for.
+    settling: Settling,
     /// When the last look at the interval was done, and how much jitter the next one has.
     polled: Option<(Instant, u64)>,
     due: bool,
@@ -57,7 +60,7 @@ impl Pace {
             interval,
             known: None,
             unknown: None,
-            patience: Duration::ZERO,
+            settling: Settling::default(),
             polled: None,
             due: true,
             checked: None,
@@ -67,9 +70,9 @@ impl Pace {
         }
     }
 
-    /// Looks for so long for what is announced without a sequence.
-    pub(super) fn be_patient(&mut self, patience: Duration) {
-        self.patience = patience;
+    /// Looks like this for what is announced without a sequence.
+    pub(super) fn settle(&mut self, settling: Settling) {
+        self.settling = settling;
     }
 
     /// Notes what was announced. To be called before a look.
@@ -176,10 +179,13 @@ impl Pace {
         self.known
             .take_if(|(seq, search)| *seq <= seen || search.age(now) > PATIENCE);
         self.unknown
-            .take_if(|search| search.age(now) > self.patience);
-        let (interval, longest) = (self.interval, self.interval.min(LAST_PAUSE));
+            .take_if(|search| search.age(now) > self.settling.within);
+        let longest = self.interval.min(LAST_PAUSE);
         let known = self.known.as_mut().map(|(_, search)| search.next(longest));
-        let unknown = self.unknown.as_mut().map(|search| search.next(interval));
+        let unknown = self.unknown.as_mut().map(|search| {
+            let at_first = self.settling.pause.filter(|_| search.age(now) < AT_FIRST);
+            search.next(self.interval.min(at_first.unwrap_or(self.interval)))
+        });
         known.into_iter().chain(unknown).min()
     }
 }
@@ -273,7 +279,10 @@ mod tests {
     #[test]
     fn for_what_has_no_sequence_looks_get_rarer_up_to_the_interval() {
         let mut pace = Pace::new(SECOND / 100);
-        pace.be_patient(SECOND);
+        pace.settle(Settling {
+            within: SECOND,
+            pause: None,
+        });
         let now = Instant::now();
         millis(&mut pace, 6, now);
         pace.note(UNKNOWN, now);
@@ -295,6 +304,25 @@ mod tests {
             5,
             "what was found may be something else"
         );
+    }
+
+    #[test]
+    fn where_looks_are_cheap_they_are_frequent_at_first() {
+        let mut pace = Pace::new(SECOND);
+        pace.settle(Settling {
+            within: SECOND * 10,
+            pause: Some(SECOND / 250),
+        });
+        let now = Instant::now();
+        millis(&mut pace, 6, now);
+        pace.note(UNKNOWN, now);
+        let pauses: Vec<_> = (0..30).map(|_| millis(&mut pace, 6, now)).collect();
+        assert_eq!(pauses[9..], [[3, 4].as_slice(), &[4; 19]].concat());
+        let pauses: Vec<_> = (0..30)
+            .map(|_| millis(&mut pace, 6, now + SECOND))
+            .collect();
+        assert_eq!(pauses[..5], [5, 6, 7, 9, 12]);
+        assert!(pauses[29] > 900, "up to the interval");
     }
 
     #[test]

@@ -131,19 +131,17 @@ impl Listener for Ear {
     }
 }
 
-/// Says, once for each stream, that it does not tell of everything.
-pub(super) fn distrust(board: &StatusBoard, poll_interval: Duration) {
-    let reason = "an entry appeared that push did not tell of: the server that is followed may not \
-                  write what it replicates to its binlog (log_slave_updates), or the writer turned \
-                  it off (sql_log_bin)";
-    let mut new = false;
+/// Says, once for each stream, that it does not tell of everything, and why that may be so.
+pub(super) fn distrust(board: &StatusBoard, poll_interval: Duration, why: &str) {
+    let mut new = None;
     board.update(|p| {
         if p.push.state == PushState::On && p.push.reason.is_none() {
-            p.push.reason = Some(reason.into());
-            new = true;
+            let reason = format!("an entry appeared that push did not tell of: {why}");
+            p.push.reason = Some(reason.clone());
+            new = Some(reason);
         }
     });
-    if new {
+    if let Some(reason) = new {
         warn!(
             "polling every {} besides: {reason}",
             humantime::format_duration(poll_interval)

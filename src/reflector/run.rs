@@ -112,10 +112,12 @@ impl Reflector {
             "following the ledger"
         );
         let mut pace = Pace::new(self.settings.poll_interval);
+        let mut blind_spot = "";
         if let Some(heartbeat) = self.settings.push
             && let Some(push) = self.source.origin.push(heartbeat)
         {
-            pace.be_patient(push.settles_within());
+            pace.settle(push.settling());
+            blind_spot = push.blind_spot();
             push::start(push, stop, &self.board, self.settings.poll_interval);
         }
         let mut backoff = Backoff::new(AFTER_FAILURE);
@@ -136,7 +138,7 @@ impl Reflector {
                     let seen = self.source.seen();
                     let rest = pace.rest(seen, pushed, Instant::now(), random());
                     if pace.distrusts() {
-                        push::distrust(&self.board, self.settings.poll_interval);
+                        push::distrust(&self.board, self.settings.poll_interval, blind_spot);
                     }
                     stop.wait_timeout(rest);
                 }

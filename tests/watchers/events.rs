@@ -135,6 +135,55 @@ fn families_and_tables_come_and_go() {
 }
 
 #[test]
+fn families_of_exports_come_and_go() {
+    let tree = Tree::new(&[], &[FLAGS, &flag("a", 1, "x")]);
+    let directories = [".ctlfs/export", ".ctlfs/export/app", ".ctlfs/changes"];
+    let watcher = Watcher::inotifywait(&CHANGES, &directories.map(|d| tree.path(d)));
+    tree.apply(&[r#"CREATE TABLE net___routes ("id" INTEGER, PRIMARY KEY("id"));"#]);
+    for collection in ["export", "changes"] {
+        let path = tree.path(format!(".ctlfs/{collection}/net"));
+        assert_eq!(watcher.next().1, format!("CREATE,ISDIR {}", path.display()));
+    }
+    tree.read(".ctlfs/export/app/flags.csv");
+    tree.apply(&["DROP TABLE IF EXISTS app___flags"]);
+    watcher.wait_for(&format!(
+        "DELETE {}",
+        tree.path(".ctlfs/export/app/flags.csv").display()
+    ));
+    watcher.wait_for(&format!(
+        "DELETE,ISDIR {}",
+        tree.path(".ctlfs/export/app").display()
+    ));
+    assert!(!tree.path(".ctlfs/export/app").exists());
+    assert_eq!(tree.daemon.status()["announce"]["failed"], 0);
+}
+
+#[test]
+fn a_field_that_goes_is_told_by_its_name() {
+    let create = r#"CREATE TABLE app___flags ("name" VARCHAR(191), "enabled" INTEGER, "note" TEXT, "owner" TEXT, PRIMARY KEY("name"));"#;
+    let row = r#"REPLACE INTO app___flags ("name","enabled","note","owner") VALUES('a',1,'n','o')"#;
+    let tree = Tree::new(&[], &[create, row]);
+    let watcher = watch(&tree, "app/flags");
+    let held = ["note", "owner"].map(|f| fs::File::open(tree.path("app/flags/a").join(f)));
+    tree.apply(&[r#"ALTER TABLE app___flags DROP COLUMN "note""#]);
+    let seen = events(&tree, &watcher);
+    drop(held);
+    let of_row: Vec<_> = seen.iter().filter(|l| l.contains("flags/a/")).collect();
+    assert!(
+        of_row.contains(&&"DELETE app/flags/a/note".to_owned()),
+        "{of_row:?}"
+    );
+    assert!(
+        of_row.contains(&&"MOVED_TO app/flags/a/owner".to_owned()),
+        "{of_row:?}"
+    );
+    let wrong = ["DELETE app/flags/a/owner", "MOVED_TO app/flags/a/note"];
+    assert!(of_row.iter().all(|l| !wrong.contains(&l.as_str())));
+    assert_eq!(tree.text("app/flags/a/owner"), "o");
+    assert!(!tree.path("app/flags/a/note").exists());
+}
+
+#[test]
 fn a_table_that_changes_its_shape_says_so() {
     let (tree, watcher) = watched("app/flags");
     let open = fs::File::open(tree.path("app/flags/a/enabled")).unwrap();

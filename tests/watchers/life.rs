@@ -80,6 +80,34 @@ fn umount_works_while_changes_are_announced() {
 }
 
 #[test]
+fn what_is_mounted_in_its_place_stays() {
+    let place = place();
+    let path = CString::new(place.mountpoint().as_os_str().as_bytes()).unwrap();
+    for _ in 0..5 {
+        let mut daemon = Daemon::mount(&place, &[]);
+        // The kernel gives the new mount the number that has just become free.
+        // SAFETY: the strings end in a NUL, and a tmpfs takes no data.
+        let mounted = unsafe {
+            libc::umount2(path.as_ptr(), 0) == 0
+                && libc::mount(
+                    c"none".as_ptr(),
+                    path.as_ptr(),
+                    c"tmpfs".as_ptr(),
+                    0,
+                    std::ptr::null(),
+                ) == 0
+        };
+        let error = std::io::Error::last_os_error();
+        assert!(mounted, "{error}");
+        assert_eq!(daemon.wait(), Some(0));
+        let left = mounts_on(&place.mountpoint());
+        // SAFETY: as above.
+        unsafe { libc::umount2(path.as_ptr(), 0) };
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+}
+
+#[test]
 fn a_daemon_killed_while_it_announces_is_gone() {
     let place = place();
     let _changes = Changes::start(&place.ledger());

@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn the_mount_on_top_counts() {
         let mount = |target: &str, kind: &str| Mount {
-            id: 1,
+            id: Default::default(),
             target: target.into(),
             kind: kind.into(),
             source: "ctlfs".into(),

@@ -108,10 +108,14 @@ impl Tracker {
                 Some(query) => return self.query(&query),
                 None => self.done.other = true,
             },
-            // Its text is compressed: with the ledger's database as the default it may be about it.
+            // Its text is compressed: with the ledger's database as the default, or with none, it
+            // may be about it.
             MARIADB_QUERY_COMPRESSED => {
                 let insert_id = self.insert_id.take();
-                if query(body).is_none_or(|q| q.schema.eq_ignore_ascii_case(&self.database)) {
+                let concerns = |schema: &[u8]| {
+                    schema.is_empty() || schema.eq_ignore_ascii_case(&self.database)
+                };
+                if query(body).is_none_or(|q| concerns(q.schema)) {
                     self.appended(insert_id);
                 }
             }
@@ -441,6 +445,10 @@ mod tests {
             tell(&[(QUERY, statement("", "XA COMMIT X'00'"))]),
             [Told::Changed(None)]
         );
+        for (schema, told) in [("", &[Told::Changed(None)][..]), ("shop", &[])] {
+            let compressed = (MARIADB_QUERY_COMPRESSED, statement(schema, "\u{1}zip"));
+            assert_eq!(tell(&[compressed, (XID, vec![])]), told, "{schema}");
+        }
     }
 
     proptest! {

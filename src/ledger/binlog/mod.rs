@@ -21,10 +21,10 @@ use tokio::sync::{Notify, watch};
 use tracing::{debug, trace};
 
 use super::OriginError;
-use super::push::{Listener, Push, PushState};
+use super::push::{Listener, Push, PushState, Settling};
 use super::session::{CONNECT_TIMEOUT, SessionError, answer};
 use super::url::MySqlUrl;
-use crate::pace::{Backoff, full_jitter, random};
+use crate::pace::{Backoff, full_jitter, jitter, random};
 use events::{Told, Tracker};
 
 /// How often the server says that it is there while nothing happens.
@@ -268,8 +268,16 @@ impl BinlogPush {
 }
 
 impl Push for BinlogPush {
-    fn settles_within(&self) -> Duration {
-        COMMIT
+    fn settling(&self) -> Settling {
+        Settling {
+            within: COMMIT,
+            pause: None,
+        }
+    }
+
+    fn blind_spot(&self) -> &'static str {
+        "the server that is followed may not write what it replicates to its binlog \
+         (log_slave_updates), or the writer turned it off (sql_log_bin)"
     }
 
     fn run(&mut self, listener: &dyn Listener) {
@@ -302,19 +310,18 @@ impl Push for BinlogPush {
                 End::Stopped => break,
                 End::Off(reason) => {
                     listener.state(PushState::Off, Some(reason));
-                    OFF_PAUSE
+                    jitter(OFF_PAUSE, random())
                 }
                 End::Broken(reason) => {
                     listener.state(PushState::Connecting, Some(reason));
-                    backoff.next(LONGEST_PAUSE)
+                    // A server that is back is met by the whole fleet.
+                    full_jitter(backoff.next(LONGEST_PAUSE), random())
                 }
                 End::Failed(reason) => {
                     listener.state(PushState::Connecting, Some(reason));
-                    backoff.next(OFF_PAUSE)
+                    full_jitter(backoff.next(OFF_PAUSE), random())
                 }
             };
-            // A server that is back is met by the whole fleet.
-            let pause = full_jitter(pause, random());
             let stopped = runtime
                 .block_on(async { tokio::time::timeout(pause, stop.notified()).await.is_ok() });
             if stopped {

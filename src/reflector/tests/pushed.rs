@@ -1,14 +1,21 @@
 //! The reflector with a push that a test speaks for, while nothing polls.
 
 use super::*;
-use crate::ledger::push::{Listener, PushState};
+use crate::ledger::push::{Listener, PushState, Settling};
 
 /// A push that says what a test has it say.
 struct Told(std::sync::mpsc::Receiver<Option<Seq>>);
 
 impl Push for Told {
-    fn settles_within(&self) -> Duration {
-        Duration::from_secs(1)
+    fn settling(&self) -> Settling {
+        Settling {
+            within: Duration::from_secs(1),
+            pause: None,
+        }
+    }
+
+    fn blind_spot(&self) -> &'static str {
+        "it says what a test has it say"
     }
 
     fn run(&mut self, listener: &dyn Listener) {
