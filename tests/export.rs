@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, Place, ctlfs, wait_until};
+use common::daemon::{Daemon, EndOnDrop, Place, ctlfs, wait_until};
 use common::ledger::{Ledger, Tree, errno, names};
 use rusqlite::Connection;
 
@@ -252,6 +252,7 @@ fn every_export_is_of_one_sequence() {
     let tree = Tree::new(&[], &statements);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _end = EndOnDrop(&done);
         let readers: Vec<_> = ["ndjson", "json", "csv"]
             .into_iter()
             .flat_map(|format| [format, format])
@@ -498,6 +499,7 @@ fn reads_elsewhere_go_on_while_exports_are_made() {
     let tree = Tree::new(&[], &statements);
     let done = AtomicBool::new(false);
     let mut times = thread::scope(|scope| {
+        let _end = EndOnDrop(&done);
         // More of them than there are workers, so that they would occupy all.
         for i in 0..16 {
             let format = ["ndjson", "json", "csv"][i % 3];

@@ -49,7 +49,7 @@ fn create(executive: &mut Executive, large: bool) {
     };
     executive.init().unwrap();
     executive.create_family(&"app".parse().unwrap()).unwrap();
-    for table in ["app/alpha", "app/beta"] {
+    for table in ["app/alpha", "app/beta", "app/gamma"] {
         let schema = TableSchema::new(
             vec![
                 field("name", FieldType::String),
@@ -83,16 +83,25 @@ fn padded(number: u64) -> String {
     format!("{number}{}", ".".repeat((number % 23) as usize))
 }
 
-/// One transaction: both fields of both rows become `number`.
+/// One transaction: both fields of both rows become `number`, and so does the name of the only row
+/// of a third table.
 fn flip(executive: &mut Executive, number: u64) -> u64 {
     let value = || Value::Integer(number.try_into().unwrap());
-    let outcome = executive
-        .mutate(&[
-            upsert("app/alpha", "left", value(), padded(number)),
-            upsert("app/beta", "right", value(), padded(number)),
-        ])
-        .unwrap();
-    outcome.seq.unwrap().get()
+    let mut mutations = vec![
+        upsert("app/alpha", "left", value(), padded(number)),
+        upsert("app/beta", "right", value(), padded(number)),
+        upsert("app/gamma", &number.to_string(), value(), padded(number)),
+    ];
+    if number > 1 {
+        mutations.push(Mutation::Delete {
+            table: "app/gamma".parse::<TableRef>().unwrap(),
+            key: vec![(
+                "name".parse().unwrap(),
+                Value::text((number - 1).to_string()),
+            )],
+        });
+    }
+    executive.mutate(&mutations).unwrap().seq.unwrap().get()
 }
 
 /// One transaction with a value of 1 MiB in each of the two tables.
@@ -306,6 +315,21 @@ fn reader_process() {
                 ));
             }
         }
+        if me % 4 == 2 {
+            let gamma = tree.join("app/gamma");
+            let mut rows: Vec<u64> = fs::read_dir(&gamma)
+                .unwrap()
+                .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+                .collect();
+            if rows.is_empty() {
+                seen.wrong("the only row is not listed".into());
+            }
+            // The kernel asks for more until there is none: that may be the next one.
+            rows.sort_unstable();
+            for number in rows {
+                seen.number(&gamma, number);
+            }
+        }
         if me % 4 == 1 {
             for (index, path) in seqs.iter().enumerate() {
                 let bytes = read(&mut File::open(path).unwrap());
@@ -354,10 +378,18 @@ fn large_values_are_never_torn(central: &Central, flips: u64) {
     let stop = place.root().join("stop");
     let readers: Vec<Helper> = (0..4)
         .map(|number| {
+            let ready = place.root().join(format!("ready{number}"));
             let job = json!({
-                "tree": place.mountpoint(), "stop": &stop, "number": number, "hold": number % 2 == 1,
+                "tree": place.mountpoint(), "stop": &stop, "ready": &ready, "number": number,
+                "hold": number % 2 == 1,
             });
-            Helper::start("large_reader_process", &job)
+            (Helper::start("large_reader_process", &job), ready)
+        })
+        .collect::<Vec<_>>()
+        .into_iter()
+        .map(|(helper, ready)| {
+            wait_until("a reader reads", || ready.exists());
+            helper
         })
         .collect();
     let mut seq = 0;
@@ -475,6 +507,7 @@ fn large_reader_process() {
     let (mut reads, mut changes, mut held_again, mut last) = (0_u64, 0_u64, 0_u64, 0);
     let mut held: Vec<Held> = Vec::new();
     let mut inodes: HashMap<(usize, u64), u64> = HashMap::new();
+    fs::write(job["ready"].as_str().unwrap(), "").unwrap();
     for round in me.. {
         let index = round % 2;
         let file = File::open(&files[index]).unwrap();

@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, Place, mount_command};
+use common::daemon::{Daemon, EndOnDrop, Place, mount_command};
 use common::mariadb::{PrivateServer, TestDatabase};
 use ctlfs::executive::Executive;
 use ctlfs::ledger::OriginUrl;
@@ -245,7 +245,7 @@ struct Round {
 /// Changes the row [`CHANGES`] times, beginning with the number `first`.
 fn round(daemon: &Daemon, ledger: &mut dyn Ledger, first: u64, readers: bool, what: &str) -> Round {
     let ended = Arc::new(AtomicBool::new(false));
-    let _guard = EndOnDrop(Arc::clone(&ended));
+    let _end = EndOnDrop(&ended);
     let seen = spin(daemon.path("app/flags/a/value"), Arc::clone(&ended));
     let busy = readers.then(|| Busy::start(daemon.mountpoint()));
     let mut delays = Vec::new();
@@ -321,14 +321,6 @@ fn measure(what: &str, daemon: &Daemon, ledger: &mut dyn Ledger) {
         (told - seen).abs() <= 5.0 + seen,
         "{delay}, and {seen} ms here"
     );
-}
-
-struct EndOnDrop(Arc<AtomicBool>);
-
-impl Drop for EndOnDrop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 fn fill(ledger: &mut dyn Ledger) {

@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, Place, ctlfs, stderr, stdout, wait_until, wait_within};
+use common::daemon::{Daemon, EndOnDrop, Place, ctlfs, stderr, stdout, wait_until, wait_within};
 use common::helper::{self, Helper};
 use common::ledger::{Ledger, Tree, errno, names};
 use serde_json::json;
@@ -214,6 +214,7 @@ fn eight_processes_see_one_pinned_tree_under_full_write_load() {
     let daemon = Daemon::mount_within(Duration::from_secs(120), &place, &[]);
     let done = AtomicBool::new(false);
     let (pinned, hash) = thread::scope(|scope| {
+        let _end = EndOnDrop(&done);
         // Every row again and again, some going and coming.
         let writer = scope.spawn(|| {
             let ledger = Ledger::open(&place.ledger());
@@ -258,7 +259,8 @@ fn eight_processes_see_one_pinned_tree_under_full_write_load() {
     });
     // The ledger up to that sequence, replayed by itself.
     let other = Place::new();
-    fs::copy(place.ledger(), other.ledger()).unwrap();
+    let file = other.ledger();
+    Ledger::open(&place.ledger()).run(&format!("VACUUM INTO '{}'", file.display()));
     let copy = Ledger::open(&other.ledger());
     copy.run(&format!(
         "DELETE FROM ctlstore_dml_ledger WHERE seq > {pinned}"
@@ -274,15 +276,20 @@ fn a_pin_is_dropped_for_its_age() {
         &["--pin-max-age", "2s"],
         &[FLAGS, &flag("a", 1, "old"), &flag("b", 1, "unread")],
     );
-    let at = pin(&tree.daemon, "old");
     let made = Instant::now();
+    let at = pin(&tree.daemon, "old");
     assert_eq!(fs::read(at.join("app/flags/a/note")).unwrap(), b"old");
+    // Not there, and remembered so.
+    assert_eq!(errno(fs::metadata(at.join("none"))), libc::ENOENT);
     let open = File::open(at.join("app/flags/b/note")).unwrap();
     let directory = File::open(at.join("app/flags")).unwrap();
     tree.apply(&[flag("a", 1, "new"), flag("b", 1, "changed")]);
     tree.daemon
         .wait_status("the pin is dropped", |s| s["pins"][0]["dropped"] == true);
     assert!(made.elapsed() >= Duration::from_secs(2));
+    wait_until("what the kernel holds of it is gone", || {
+        fs::metadata(at.join("app")).is_err()
+    });
     for path in [
         "app",
         "app/flags",
@@ -602,6 +609,7 @@ fn pins_made_and_dropped_under_load_are_never_older_than_what_was_seen() {
     let tree = Tree::new(&[], &[FLAGS, &flag("a", 0, "x"), &flag("b", 0, "x")]);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
+        let _end = EndOnDrop(&done);
         let makers: Vec<_> = (0..4)
             .map(|i| {
                 let (daemon, done) = (&tree.daemon, &done);

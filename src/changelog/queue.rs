@@ -4,11 +4,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// So many jobs wait at most.
 const ROOM: usize = 16;
-/// How long the one who hands over waits for room.
+/// How long the one who hands over waits for room, all in all until the queue is empty again.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What the thread receives.
@@ -25,6 +25,7 @@ pub(super) struct Giver<J> {
     items: Sender<Item<J>>,
     done: Receiver<()>,
     room: usize,
+    patience: Duration,
     /// Whether something was left out that the thread does not know of yet.
     left_out: Arc<AtomicBool>,
 }
@@ -47,6 +48,7 @@ pub(super) fn queue<J>() -> (Giver<J>, Taker<J>) {
         items: give,
         done,
         room: ROOM,
+        patience: PATIENCE,
         left_out: Arc::clone(&left_out),
     };
     let taker = Taker {
@@ -65,13 +67,14 @@ impl<J> Giver<J> {
         while self.done.try_recv().is_ok() {
             self.room += 1;
         }
+        if self.room == ROOM {
+            self.patience = PATIENCE;
+        }
         if self.room == 0 {
-            // Once in vain is enough, until it has begun to make up for that.
-            let waits = !self.left_out.load(Ordering::Acquire);
-            match self
-                .done
-                .recv_timeout(if waits { PATIENCE } else { Duration::ZERO })
-            {
+            let began = Instant::now();
+            let waited = self.done.recv_timeout(self.patience);
+            self.patience = self.patience.saturating_sub(began.elapsed());
+            match waited {
                 Ok(()) => self.room += 1,
                 Err(RecvTimeoutError::Timeout) => return self.leave_out(),
                 Err(RecvTimeoutError::Disconnected) => return false,
@@ -110,8 +113,6 @@ impl<J> Taker<J> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     #[test]

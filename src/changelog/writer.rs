@@ -46,6 +46,8 @@ pub(super) struct Writer {
     /// Whether the next line skips a number, and whether one has since `written`.
     skip: bool,
     skipped: bool,
+    /// Whether something was missed before it began.
+    behind: bool,
     failing: Arc<AtomicBool>,
 }
 
@@ -68,7 +70,12 @@ impl Writer {
         // reached the disk.
         let number = number.max(file.last_number.unwrap_or(0));
         // Nobody knows what was missed since the last line of a log that was written before.
-        let skip = progress.found.is_none() && file.last_number.is_some();
+        let unknown = progress.found.is_none() && file.last_number.is_some();
+        // The LDB is built anew, perhaps from another ledger.
+        let anew = position < written;
+        let (written, skip) = (written.min(position), unknown || anew);
+        // Decided before the reflector goes on: what it commits from here on is handed over.
+        let behind = written < position;
         Writer {
             file,
             progress,
@@ -79,6 +86,7 @@ impl Writer {
             flushed: number,
             skip,
             skipped: false,
+            behind,
             failing: Arc::default(),
         }
     }
@@ -90,8 +98,12 @@ impl Writer {
 
     /// Writes what comes until nothing more can come.
     pub(super) fn run(mut self, mut jobs: Taker<Job>) {
-        let caught_up = self.catch_up();
-        self.note(caught_up);
+        let begun = if self.behind {
+            self.catch_up()
+        } else {
+            self.done(self.written)
+        };
+        self.note(begun);
         loop {
             if self.failing.load(Ordering::Relaxed) {
                 match jobs.take(Some(RETRY)) {
@@ -136,13 +148,8 @@ impl Writer {
     fn catch_up(&mut self) -> Result<(), Failed> {
         let mut reader = Reader::open(&self.ldb)?;
         let position = reader.position()?;
-        if position < self.written {
-            // The LDB is being built anew, perhaps from another ledger.
-            self.skip = true;
-            return self.done(position);
-        }
-        if position == self.written {
-            return self.done(position);
+        if position <= self.written {
+            return self.done(self.written);
         }
         let upto = catch_up::read(&mut reader, self.written, |missed| match missed {
             Missed::Row(line) => self.push(line),

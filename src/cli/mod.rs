@@ -104,6 +104,7 @@ enum Command {
 pub fn main() -> ExitCode {
     // `ctlfs status | head` ends quietly, as with any other tool. Daemons change this back.
     daemon::broken_pipe_kills(true);
+    daemon::children_are_told();
     let args: Vec<OsString> = std::env::args_os().collect();
     if let Err(error) = secret::hide(&args) {
         complain(&error);

@@ -36,6 +36,8 @@ const GLIMPSE_ASKING: Duration = Duration::from_millis(10);
 const THOROUGH: Duration = Duration::from_millis(100);
 /// How often a tree that is away is looked for.
 const AWAY: Duration = Duration::from_millis(100);
+/// How long a signal waits while the output is not read, or the tree does not answer.
+const HEARING: Duration = Duration::from_secs(2);
 /// How long a command may go on when the program is told to end, and how long after SIGTERM.
 const GRACE: Duration = Duration::from_secs(10);
 const LAST_GRACE: Duration = Duration::from_secs(2);
@@ -122,7 +124,8 @@ pub fn run(args: WatchArgs) -> Result<(), Error> {
         None => args.since,
     };
     let (send, events) = mpsc::channel();
-    let mask = watch_signals(&send).map_err(Error::failed)?;
+    let (taken, heard) = mpsc::channel();
+    let mask = watch_signals(&send, heard).map_err(Error::failed)?;
     let notifier = Notifier::start(send.clone()).ok();
     let follower = Follower::new(&root, &targets, since);
     let plan = Plan {
@@ -145,6 +148,7 @@ pub fn run(args: WatchArgs) -> Result<(), Error> {
         thorough_at: Instant::now(),
         by_event: false,
         pause: GLIMPSE,
+        taken,
     };
     match watch.follow(&events) {
         Ok(()) => {
@@ -155,19 +159,30 @@ pub fn run(args: WatchArgs) -> Result<(), Error> {
     }
 }
 
-/// Tells of the first signal; the second ends the process at once. Returns what was blocked before.
-fn watch_signals(events: &Sender<Event>) -> std::io::Result<daemon::Mask> {
+/// Tells of the first signal; the second ends the process at once, and so does the first when it is
+/// not `heard` in time. Returns what was blocked before.
+fn watch_signals(events: &Sender<Event>, heard: Receiver<()>) -> std::io::Result<daemon::Mask> {
     let blocked = daemon::block_signals()?;
     let events = events.clone();
     thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
-            let mut asked = false;
+            let mut heard = Some(heard);
             while let Ok(signal) = blocked.wait() {
-                if asked || events.send(Event::Signal).is_err() {
+                let Some(heard) = heard.take().filter(|_| events.send(Event::Signal).is_ok())
+                else {
+                    daemon::exit_now(signal);
+                };
+                let late = thread::Builder::new()
+                    .name("hearing".into())
+                    .spawn(move || {
+                        if heard.recv_timeout(HEARING) == Err(RecvTimeoutError::Timeout) {
+                            daemon::exit_now(signal);
+                        }
+                    });
+                if late.is_err() {
                     daemon::exit_now(signal);
                 }
-                asked = true;
             }
         })?;
     Ok(blocked.before)
@@ -187,6 +202,8 @@ struct Watch {
     by_event: bool,
     /// How long to wait between glimpses.
     pause: Duration,
+    /// Told once a signal was heard.
+    taken: Sender<()>,
 }
 
 impl Watch {
@@ -215,7 +232,12 @@ impl Watch {
                 pause = Duration::ZERO;
             }
             match events.recv_timeout(pause) {
-                Ok(Event::Signal) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Ok(Event::Signal) => {
+                    // It waits for that no longer than it has to.
+                    let _ = self.taken.send(());
+                    return Ok(());
+                }
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 Ok(Event::CommandEnded(status)) => self.runner.command_ended(status),
                 Ok(Event::Changed) => {
                     if let Some(notifier) = &self.notifier {

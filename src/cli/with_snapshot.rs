@@ -202,10 +202,8 @@ impl Signals {
     fn block() -> io::Result<Self> {
         let (mut set, mut before) = (MaybeUninit::uninit(), MaybeUninit::uninit());
         // SAFETY: sigemptyset initialises the set it is given, pthread_sigmask the old mask; the
-        // other calls get what is initialised, and SIG_DFL is no handler.
+        // other calls get what is initialised.
         unsafe {
-            // Ignored, as some parents leave it, it would leave nothing to wait for.
-            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
             libc::sigemptyset(set.as_mut_ptr());
             for signal in [
                 libc::SIGCHLD,

@@ -39,7 +39,9 @@ pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, read as mounts, re
 pub use mountpoint::MountpointError;
 pub(crate) use mountpoint::{daemon_identity, detach, is_root, is_stale, read_status};
 pub(crate) use process::Process;
-pub(crate) use signals::{Mask, block as block_signals, broken_pipe_kills, exit_now};
+pub(crate) use signals::{
+    Mask, block as block_signals, broken_pipe_kills, children_are_told, exit_now,
+};
 pub(crate) use wiring::{access_rules, prepare_embedded};
 
 /// How long a start with config at hand waits for a word from the origin before it returns.

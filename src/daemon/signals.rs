@@ -110,6 +110,15 @@ pub(crate) fn broken_pipe_kills(kills: bool) {
     }
 }
 
+/// Has the ends of children told, which some parents leave ignored: then there would be nothing to
+/// wait for.
+pub(crate) fn children_are_told() {
+    // SAFETY: as above.
+    unsafe {
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+    }
+}
+
 pub(crate) fn name(signal: i32) -> &'static str {
     match signal {
         libc::SIGINT => "SIGINT",

@@ -138,13 +138,18 @@ impl Server {
         let unmade = {
             let state = self.state();
             let slot = state.slot(ino)?;
-            (slot.node.is_lazy() && slot.version.is_none()).then(|| slot.node.clone())
+            match &slot.node {
+                node @ Node::Export(_, file) if slot.version.is_none() => {
+                    Some((node.clone(), *file))
+                }
+                _ => None,
+            }
         };
         match unmade {
             // As a lookup answered: another size would cut off what the kernel has cached.
-            Some(node) => {
+            Some((node, file)) => {
                 let found = Found {
-                    size: self.export_max_size,
+                    size: self.size_before(file),
                     ..self.nothing()
                 };
                 Some(self.attributes(&node, ino, &found, 1))

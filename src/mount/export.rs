@@ -22,6 +22,8 @@ use crate::model::{Seq, Table};
 use crate::tree::export::{ExportFile, Format, Writer};
 use crate::tree::node::Node;
 
+/// More than the journal holds.
+const CHANGES_SIZE: u64 = 1 << 30;
 /// How many files are made at once, each with its content in memory: a small one need not wait
 /// for a large one.
 const THREADS: usize = 2;
@@ -208,7 +210,12 @@ impl Server {
             return Ok(Rendered::TooLarge);
         }
         // What stands behind the last row counts as well.
-        Ok(self.rendered(writer.finish(), scanned.value))
+        let bytes = writer.finish();
+        Ok(if self.is_too_large(bytes.len()) {
+            Rendered::TooLarge
+        } else {
+            Rendered::Done(bytes, scanned.value)
+        })
     }
 
     fn render_changes(&self, view: &View, table: &Table) -> Result<Rendered, Fault> {
@@ -217,14 +224,15 @@ impl Server {
         if !self.shows(view, journal.seq) {
             return Ok(Rendered::Moved);
         }
-        Ok(self.rendered(journal.value, mark.value))
+        // The journal has bounds of its own.
+        Ok(Rendered::Done(journal.value, mark.value))
     }
 
-    fn rendered(&self, bytes: Vec<u8>, mark: Mark) -> Rendered {
-        if self.is_too_large(bytes.len()) {
-            Rendered::TooLarge
-        } else {
-            Rendered::Done(bytes, mark)
+    /// The size of an export that is not made yet: no less than it will be.
+    pub(super) fn size_before(&self, file: ExportFile) -> u64 {
+        match file {
+            ExportFile::Rows(_) => self.export_max_size,
+            ExportFile::Changes => self.export_max_size.max(CHANGES_SIZE),
         }
     }
 

@@ -88,7 +88,7 @@ impl Server {
                         seq: mark.seq,
                         value: Some(Found {
                             // Not known yet, and no more than that.
-                            size: self.export_max_size,
+                            size: self.size_before(*file),
                             mark: mark.value,
                             content: Content::Lazy(view.epoch),
                         }),

@@ -9,12 +9,23 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value as Json;
 
 /// Long enough for a loaded machine; a test that works never waits for it.
 pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Sets a flag when it goes, also when a test fails: the threads that wait for the flag are waited
+/// for.
+pub struct EndOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 /// Polls `condition` until it holds; panics with `what` when it does not in time.
 pub fn wait_until(what: &str, condition: impl FnMut() -> bool) {
