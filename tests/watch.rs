@@ -667,7 +667,7 @@ fn a_parent_that_ignores_its_children_is_no_hindrance() {
 fn a_signal_ends_it_when_nobody_reads_its_output() {
     let tree = Tree::new(&[], &[FLAGS]);
     let note = format!("'{}'", "x".repeat(1_000));
-    for number in 0..300 {
+    for number in 0..1_500 {
         tree.ledger.append(&[flag("a", number, &note)]);
     }
     let mut command = ctlfs();

@@ -373,11 +373,15 @@ impl Follower {
                 "cannot {action} {}: {error}; see the mount's --access rules",
                 path.display()
             ))),
-            Some(libc::ENOENT) if self.control("seq").exists() => Err(Hopeless(format!(
-                "cannot {action} {}: this mount keeps no record of changes; mount it with this \
+            Some(libc::ENOENT)
+                if self.control("seq").exists() && !self.control("changes").exists() =>
+            {
+                Err(Hopeless(format!(
+                    "cannot {action} {}: this mount keeps no record of changes; mount it with this \
                  version of ctlfs and --origin",
-                path.display()
-            ))),
+                    path.display()
+                )))
+            }
             _ => Ok(Look::Away(error.to_string())),
         }
     }
