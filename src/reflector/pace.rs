@@ -51,6 +51,8 @@ pub(super) struct Pace {
 struct Search {
     since: Instant,
     pause: Duration,
+    /// Whether something was found since, which most likely was it.
+    found: bool,
 }
 
 impl Pace {
@@ -80,6 +82,7 @@ impl Pace {
         let search = || Search {
             since: now,
             pause: FIRST_PAUSE,
+            found: false,
         };
         if let Some(seq) = wakes.known
             && self.known.as_ref().is_none_or(|(known, _)| *known < seq)
@@ -108,6 +111,7 @@ impl Pace {
     pub(super) fn found(&mut self, last: Seq, pushed: bool, now: Instant) {
         if let Some(search) = &mut self.unknown {
             search.pause = search.pause.max(AFTER_FIND);
+            search.found = true;
         }
         let announced = self.known.is_some() || self.unknown.is_some();
         if pushed && self.due && self.polled.is_some() && !announced {
@@ -183,8 +187,9 @@ impl Pace {
         let longest = self.interval.min(LAST_PAUSE);
         let known = self.known.as_mut().map(|(_, search)| search.next(longest));
         let unknown = self.unknown.as_mut().map(|search| {
-            let at_first = self.settling.pause.filter(|_| search.age(now) < AT_FIRST);
-            search.next(self.interval.min(at_first.unwrap_or(self.interval)))
+            let at_first = search.age(now) < AT_FIRST && !search.found;
+            let longest = self.settling.pause.filter(|_| at_first);
+            search.next(self.interval.min(longest.unwrap_or(self.interval)))
         });
         known.into_iter().chain(unknown).min()
     }
@@ -323,6 +328,11 @@ mod tests {
             .collect();
         assert_eq!(pauses[..5], [5, 6, 7, 9, 12]);
         assert!(pauses[29] > 900, "up to the interval");
+        // What was found most likely was it.
+        pace.note(UNKNOWN, now);
+        pace.found(Seq::new(7), true, now);
+        let pauses: Vec<_> = (0..5).map(|_| millis(&mut pace, 7, now)).collect();
+        assert_eq!(pauses, [5, 6, 7, 9, 12]);
     }
 
     #[test]
