@@ -82,12 +82,7 @@ fn beside(mountpoint: &Path) -> Result<PathBuf, Error> {
 
 /// Makes the state directory and the ledger in it.
 fn prepare(state: &Path, url: &OriginUrl, sample: bool) -> Result<(), Error> {
-    daemon::create_private(state).map_err(|error| {
-        Error::failed(format!(
-            "cannot create the state directory {}: {error}; give another with --state",
-            state.display()
-        ))
-    })?;
+    daemon::prepare_state(state).map_err(Error::failed)?;
     daemon::prepare_embedded(url, sample.then_some(SAMPLE)).map_err(Error::failed)
 }
 

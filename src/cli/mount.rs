@@ -19,8 +19,8 @@ use crate::ledger::OriginUrl;
 /// had. With --ldb, mounts a database that another process writes, such as ctlstore's reflector.
 ///
 /// Returns when the tree is readable and leaves a daemon behind, or says what went wrong and leaves
-/// nothing. A first mount replays the whole ledger before it returns; later ones return at once,
-/// even if the origin is down. The daemon ends with 'ctlfs unmount', umount, SIGTERM or SIGINT.
+/// nothing. A first mount replays the whole ledger before it returns; later ones wait no longer than 3
+/// seconds for an origin that is down. The daemon ends with 'ctlfs unmount', umount, SIGTERM or SIGINT.
 #[derive(Args)]
 #[command(verbatim_doc_comment, after_help = EXAMPLES)]
 pub struct MountArgs {

@@ -36,9 +36,19 @@ pub fn hide(args: &[OsString]) -> Result<(), String> {
     ))
 }
 
+/// The commands that take an `--origin`: elsewhere it is for clap to refuse, or belongs to a command
+/// that is run.
+const COMMANDS: [&str; 5] = ["init", "apply", "put", "delete", "mount"];
+
 /// The arguments without `--origin`, and its value, if that carries a password. With `--ldb` both
 /// stay, for clap to refuse: an origin in the environment would be ignored in silence.
 fn split(args: &[OsString]) -> Option<(Vec<OsString>, OsString)> {
+    if !args
+        .get(1)
+        .is_some_and(|arg| COMMANDS.iter().any(|c| arg == c))
+    {
+        return None;
+    }
     let mut kept = Vec::with_capacity(args.len());
     let mut url = None;
     let mut rest = args.iter();
@@ -64,8 +74,11 @@ fn split(args: &[OsString]) -> Option<(Vec<OsString>, OsString)> {
         }
     }
     let url = url?;
-    let shown = redact(&url.to_string_lossy());
-    (shown != url.to_string_lossy()).then_some((kept, url))
+    // All of it is one URL, blanks in a password included.
+    let after = url.to_string_lossy();
+    let (_, after) = after.split_once("://")?;
+    let (login, _) = after.rsplit_once('@')?;
+    login.contains(':').then_some((kept, url))
 }
 
 /// The text with `***` for the password of every URL in it.
@@ -75,9 +88,16 @@ pub fn redact(text: &str) -> String {
     while let Some((before, after)) = rest.split_once("://") {
         out.push_str(before);
         out.push_str("://");
-        // A password that was not encoded may hold anything but a space, so what counts is the
-        // last '@' of the word.
-        let end = after.find(char::is_whitespace).unwrap_or(after.len());
+        // A password that was not encoded may hold anything, so what counts is the last '@' of the
+        // word; of all that follows, when the word looks like a login that was cut by a blank.
+        let mut end = after.find(char::is_whitespace).unwrap_or(after.len());
+        if let Some(word) = after.get(..end)
+            && word.contains(':')
+            && !word.contains('@')
+            && let Some(at) = after.rfind('@')
+        {
+            end = at + 1;
+        }
         let (word, tail) = after.split_at(end);
         match word.rsplit_once('@') {
             Some((login, host)) => {
@@ -116,11 +136,25 @@ mod tests {
             assert_eq!(kept, args(&["ctlfs", "mount", "/ctl"]));
             assert_eq!(found, url);
         }
+        // The URL may hold blanks; the login ends at the last '@'.
+        let url = "mysql://me:correct horse@h:3306/db";
+        let given = args(&["ctlfs", "mount", "--origin", url, "/ctl"]);
+        assert_eq!(split(&given).unwrap().1, url);
+        assert_eq!(
+            redact(&format!("error: '{url}' is odd")),
+            "error: 'mysql://me:***@h:3306/db' is odd"
+        );
+        let plain = "cannot reach mysql://h:3306/db: no route";
+        assert_eq!(redact(plain), plain);
     }
 
     #[test]
     fn nothing_else_is_touched() {
+        let url = "mysql://me:pw@h/db";
         for given in [
+            // These take no origin, and say so; or the argument is another program's.
+            args(&["ctlfs", "dev", "--origin", url, "/ctl"]),
+            args(&["ctlfs", "with-snapshot", "/ctl", "tool", "--origin", url]),
             args(&["ctlfs", "mount", "--origin", "mysql://me@h/db", "/ctl"]),
             args(&["ctlfs", "mount", "--origin", "sqlite:///a:b/l.db", "/ctl"]),
             args(&["ctlfs", "mount", "--origin"]),

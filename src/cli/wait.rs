@@ -18,7 +18,7 @@ use crate::model::Seq;
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(20);
 /// How long a daemon gets to say why it is not there yet.
-const ASK: Duration = Duration::from_secs(1);
+const ASK: Duration = Duration::from_secs(5);
 
 /// Wait until a mount shows a sequence of the ledger.
 ///

@@ -97,6 +97,7 @@ pub(crate) fn fork() -> io::Result<Fork> {
         -1 => Err(io::Error::last_os_error()),
         0 => {
             drop(read);
+            close_others(&write);
             let mut reporter = Reporter::Pipe(write);
             if let Err(error) = leave_terminal() {
                 // The caller says it; this side must not say it as well.
@@ -108,6 +109,17 @@ pub(crate) fn fork() -> io::Result<Fork> {
             Ok(Fork::Daemon(reporter))
         }
         pid => Ok(Fork::Caller(Daemon { pid, pipe: read })),
+    }
+}
+
+/// Closes what the caller left open: its locks and pipes would be held as long as the daemon lives.
+fn close_others(kept: &File) {
+    let kept = kept.as_raw_fd().cast_unsigned();
+    // SAFETY: close_range takes no pointers; beside the standard streams and `kept` this side has
+    // nothing open. Where the kernel lacks it they stay open.
+    unsafe {
+        libc::close_range(3, kept.saturating_sub(1), 0);
+        libc::close_range(kept.saturating_add(1), libc::c_uint::MAX, 0);
     }
 }
 

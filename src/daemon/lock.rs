@@ -46,8 +46,15 @@ pub enum LockError {
 }
 
 /// What a daemon keeps in its state directory, and what its names begin with.
-const LDB_FILES: [&str; 3] = ["ldb.db", "ldb.db-wal", "ldb.db-shm"];
-const OURS: [&str; 4] = ["ldb.db", "ledger.db", "ctlfs.log", "lock"];
+const DATABASES: [&str; 6] = [
+    "ldb.db",
+    "ldb.db-wal",
+    "ldb.db-shm",
+    "ledger.db",
+    "ledger.db-wal",
+    "ledger.db-shm",
+];
+const OURS: [&str; 5] = ["ldb.db", "ledger.db", "changelog", "ctlfs.log", "lock"];
 
 pub(crate) fn shown_pid(pid: Option<u32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
@@ -68,8 +75,7 @@ impl StateDir {
             path: path.to_owned(),
             reason,
         };
-        create(path).map_err(unusable)?;
-        check_directory(path)?;
+        prepare(path)?;
         let mut lock = OpenOptions::new()
             .read(true)
             .write(true)
@@ -86,9 +92,6 @@ impl StateDir {
                 path: path.to_owned(),
                 pid: text.trim().parse().ok(),
             });
-        }
-        for name in LDB_FILES {
-            make_private(path, &path.join(name), 0o600)?;
         }
         lock.set_len(0).map_err(unusable)?;
         writeln!(lock, "{}", std::process::id()).map_err(unusable)?;
@@ -109,6 +112,20 @@ impl Drop for StateDir {
         // The file stays: unlinking a lock file lets two processes hold "the" lock.
         let _ = self.lock.set_len(0).and_then(|()| self.lock.rewind());
     }
+}
+
+/// Creates the state directory `path` (0700) if it is missing. What is there already is closed to
+/// everybody else, and must not be somebody else's.
+pub(crate) fn prepare(path: &Path) -> Result<(), LockError> {
+    create(path).map_err(|reason| LockError::Unusable {
+        path: path.to_owned(),
+        reason,
+    })?;
+    check_directory(path)?;
+    for name in DATABASES {
+        make_private(path, &path.join(name), 0o600)?;
+    }
+    Ok(())
 }
 
 /// Creates the directory `path`, readable by nobody else, unless it is there already.
@@ -250,13 +267,13 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let path = root.path();
         chmod(path, 0o755);
-        for name in LDB_FILES {
+        for name in DATABASES {
             fs::write(path.join(name), "").unwrap();
             chmod(&path.join(name), 0o644);
         }
         let _state = StateDir::lock(path).unwrap();
         assert_eq!(mode(path), 0o700);
-        for name in LDB_FILES {
+        for name in DATABASES {
             assert_eq!(mode(&path.join(name)), 0o600, "{name}");
         }
     }

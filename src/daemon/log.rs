@@ -27,7 +27,10 @@ pub(crate) fn init(file: Option<&Path>, level: &str, take_stderr: bool) -> io::R
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
-        .with_target(false);
+        .with_target(false)
+        // A line that cannot be written is lost. Told on standard error, which may be the same full
+        // file or a pipe that nobody reads, it would be a panic.
+        .log_internal_errors(false);
     let installed = match file {
         Some(path) => {
             let log = Log::open(path, take_stderr)?;

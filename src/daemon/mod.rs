@@ -32,7 +32,7 @@ use crate::status::{self, Counters, Follows, ProblemKind, StaticInfo, StatusBoar
 pub(crate) use background::{Fork, Outcome, Reporter, fork};
 pub(crate) use deadline::wait_until;
 pub use lock::LockError;
-pub(crate) use lock::create as create_private;
+pub(crate) use lock::prepare as prepare_state;
 pub(crate) use log::is_level;
 use mountinfo::MountId;
 pub(crate) use mountinfo::{Mount, at as mount_at, is_mounted, read as mounts, resolve};

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::changelog::{self, ChangeLog};
 use crate::ldb::{self, LdbError, LdbWriter};
@@ -18,7 +18,7 @@ use crate::config::{self, Follow};
 use crate::executive::{self, Document, Executive};
 use crate::ledger::{self, Origin, OriginError, OriginUrl};
 use crate::model::{ChangeSet, Seq};
-use crate::status::{Counters, StatusBoard};
+use crate::status::{Counters, Problem, ProblemKind, StatusBoard};
 use crate::tree::access::{AccessError, AccessRules, Principal};
 
 pub(crate) use crate::mount::{Announcements, Mounted};
@@ -236,14 +236,32 @@ pub(super) fn reflect(
     }
     let mut reflector = Reflector::new(origin, ldb.writer, observer, Arc::clone(board), settings);
     let stop = StopHandle::new();
-    let handle = stop.clone();
+    let (handle, end_board) = (stop.clone(), Arc::clone(board));
     let thread = thread::Builder::new()
         .name("reflector".into())
         .spawn(move || {
-            let _ended = OnDrop(Some(ended));
+            let _ended = OnDrop(Some(|| {
+                if !handle.is_stopped() {
+                    broken(&end_board);
+                }
+                ended();
+            }));
             reflector.run(&handle);
         })?;
     Ok(Running { stop, thread })
+}
+
+/// Tells that the reflector has ended by itself: nothing else would.
+fn broken(board: &StatusBoard) {
+    board.update(|p| {
+        p.problem = Some(Problem {
+            kind: ProblemKind::Storage,
+            seq: None,
+            statement: None,
+            reason: "the reflector failed unexpectedly; start the daemon anew".into(),
+            since: SystemTime::now(),
+        });
+    });
 }
 
 impl Running {

@@ -138,7 +138,12 @@ impl Origin for MySqlOrigin {
             self.limit
         );
         let limit = self.limit;
-        let answer = self.read(async |conn| read_entries(conn, &sql, limit).await)?;
+        let answer = self.read(async |conn| read_entries(conn, &sql, limit).await);
+        if answer.is_err() {
+            // Should it have taken too long, the next one takes less.
+            self.limit = FIRST_LIMIT;
+        }
+        let answer = answer?;
         if answer.unread {
             self.session.drop_connection();
         }

@@ -181,8 +181,10 @@ impl Session {
             "SET NAMES utf8mb4".to_owned(),
             format!(
                 "SET SESSION sql_mode = 'NO_BACKSLASH_ESCAPES,ANSI_QUOTES{strict}', \
-                 SESSION time_zone = '+00:00'"
+                 SESSION time_zone = '+00:00', SESSION autocommit = 1"
             ),
+            // Whatever the server's defaults are: each read sees what is committed, and no more.
+            "SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ".into(),
         ];
         if purpose == Purpose::Write {
             // Both shorter than ANSWER_TIMEOUT, so that the server says why it waits.

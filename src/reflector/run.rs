@@ -526,7 +526,7 @@ impl Reflector {
 }
 
 /// Waits after a failure: for all of `pause`, or less if what is announced may be what helps. New
-/// entries do not help against one that cannot be applied.
+/// entries do not help against one that cannot be applied, nor against a ledger that is not in order.
 fn wait_after(kind: ProblemKind, pause: Duration, stop: &StopHandle, pace: &mut Pace) {
     let until = Instant::now() + pause;
     stop.wait_stopped(pause.min(AFTER_FAILURE));
@@ -534,8 +534,8 @@ fn wait_after(kind: ProblemKind, pause: Duration, stop: &StopHandle, pace: &mut 
         let wakes = stop.take_wakes();
         pace.note(wakes, Instant::now());
         let helps = match kind {
-            ProblemKind::Origin | ProblemKind::Ledger => wakes.known.is_some() || wakes.unknown,
-            ProblemKind::Statement | ProblemKind::Storage => wakes.unknown,
+            ProblemKind::Origin => wakes.known.is_some() || wakes.unknown,
+            ProblemKind::Ledger | ProblemKind::Statement | ProblemKind::Storage => wakes.unknown,
         };
         let left = until.saturating_duration_since(Instant::now());
         if helps || left.is_zero() || stop.wait_timeout(left) {

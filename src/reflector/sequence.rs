@@ -30,7 +30,11 @@ pub(super) fn continues(position: &Position, entries: &mut Vec<Entry>) -> Result
         )),
         Some(first) if first.seq == at => {
             let found = statement_digest(&first.statement);
-            if position.digest.as_ref().is_some_and(|d| *d != found) {
+            let digest = position.digest.as_ref();
+            // The ends of transactions are all the same, but for when they were written.
+            let is_end = first.statement.trim() == COMMIT_MARKER;
+            let elsewhen = position.time.is_some_and(|time| time != first.time);
+            if digest.is_some_and(|d| *d != found || (is_end && elsewhen)) {
                 return Err(format!(
                     "entry {at} of the ledger is not the one that this LDB was built from; \
                      it is another ledger"
@@ -184,6 +188,22 @@ mod tests {
         assert_eq!(check(&Position::default(), &[1]), Ok(1));
         assert!(check(&Position::default(), &[42]).is_err());
         assert_eq!(check(&Position::default(), &[]), Ok(0));
+    }
+
+    #[test]
+    fn ends_of_transactions_are_told_apart_by_their_time() {
+        let check = |statement: &str, time: i64| {
+            let position = Position {
+                seq: Seq::new(5),
+                digest: Some(statement_digest(statement)),
+                time: Some(LedgerTime::from_micros(time)),
+            };
+            continues(&position, &mut vec![entry(5, statement)])
+        };
+        assert_eq!(check(COMMIT_MARKER, 0), Ok(()));
+        assert!(check(COMMIT_MARKER, 1).is_err());
+        // What else was written again is the same.
+        assert_eq!(check("x", 1), Ok(()));
     }
 
     #[test]

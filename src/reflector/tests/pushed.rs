@@ -9,7 +9,7 @@ struct Told(std::sync::mpsc::Receiver<Option<Seq>>);
 impl Push for Told {
     fn settling(&self) -> Settling {
         Settling {
-            within: Duration::from_secs(1),
+            within: Duration::from_secs(60),
             pause: None,
         }
     }
