@@ -21,7 +21,8 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use common::daemon::{
-    Daemon, Place, ctlfs, is_alive, mounts_on, stderr, stdout, wait_until, wait_within,
+    Daemon, Place, ctlfs, is_alive, mount_command, mounts_on, stderr, stdout, wait_until,
+    wait_within,
 };
 use serde_json::Value as Json;
 
@@ -203,6 +204,66 @@ fn signals_end_a_daemon_even_while_files_are_open() {
         ok(&unmount(&place));
         again.wait_gone();
     }
+}
+
+#[test]
+fn a_log_that_cannot_be_written_holds_nothing_up() {
+    let place = place();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = mount_command(&place, &place.origin(), &["--poll-interval", "10ms"]);
+    command.stderr(writer);
+    let daemon = Daemon::start(command, &place.mountpoint());
+    // Each of these is logged.
+    for state in ["off", "on"] {
+        let aside = place.root().join("aside");
+        let (from, to) = match state {
+            "off" => (place.ledger(), aside),
+            _ => (aside, place.ledger()),
+        };
+        fs::rename(from, to).unwrap();
+        daemon.wait_status("the origin comes and goes", |status| {
+            status["problem"].is_null() == (state == "on")
+        });
+    }
+    ok(&ctlfs_at(
+        &place,
+        &["put", "app/flags", "name=one", "enabled=7"],
+    ));
+    wait_until("the change is shown", || {
+        fs::read_to_string(daemon.path("app/flags/one/enabled")).unwrap() == "7"
+    });
+}
+
+#[test]
+fn a_daemon_in_the_background_holds_nothing_of_its_callers() {
+    use std::os::fd::AsRawFd;
+
+    let place = place();
+    let lock = place.root().join("deploy.lock");
+    let held = File::create(&lock).unwrap();
+    held.try_lock().unwrap();
+    let fd = held.as_raw_fd();
+    let mut command = ctlfs();
+    command
+        .args(["mount", "--origin", &place.origin(), "--state"])
+        .arg(place.state())
+        .arg(place.mountpoint());
+    // SAFETY: fcntl is allowed between fork and exec.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(fd, libc::F_SETFD, 0) {
+            -1 => Err(std::io::Error::last_os_error()),
+            _ => Ok(()),
+        });
+    }
+    ok(&command.output().unwrap());
+    let pid = ctlfs_status(&place)["pid"].as_u64().unwrap();
+    let _daemon = Background {
+        place: &place,
+        pid: pid.try_into().unwrap(),
+    };
+    drop(held);
+    File::open(&lock).unwrap().try_lock().unwrap();
 }
 
 #[test]
