@@ -21,7 +21,9 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use common::central::{Place as Central, on_both};
-use common::daemon::{Daemon, Place, ctlfs, mount_command, mounts_on, stderr, stdout, wait_until};
+use common::daemon::{
+    Daemon, Place, copy_program, ctlfs, mount_command, mounts_on, stderr, stdout, wait_until,
+};
 use common::ledger::{Ledger, Tree, errno};
 use common::mariadb;
 
@@ -248,7 +250,7 @@ fn without_the_fuse_device_nothing_is_mounted() {
     Ledger::create(&place);
     fs::set_permissions(place.root(), fs::Permissions::from_mode(0o755)).unwrap();
     let program = place.root().join("program");
-    fs::copy(env!("CARGO_BIN_EXE_ctlfs"), &program).unwrap();
+    copy_program(&program);
     fs::create_dir(place.state()).unwrap();
     let nobody = Some(65534);
     for path in [place.mountpoint(), place.ledger()] {

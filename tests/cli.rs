@@ -14,7 +14,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::process::{Command, Stdio};
 
-use common::daemon::{Place, ctlfs, mounts_on, run, stderr, stdout, wait_until};
+use common::daemon::{Place, copy_program, ctlfs, mounts_on, run, stderr, stdout, wait_until};
 
 const NOBODY: u32 = 65534;
 
@@ -179,7 +179,7 @@ fn mount_as_nobody(place: &Place) -> String {
     let program = place.root().join("ctlfs");
     if !program.exists() {
         fs::set_permissions(place.root(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::copy(env!("CARGO_BIN_EXE_ctlfs"), &program).unwrap();
+        copy_program(&program);
     }
     let output = Command::new("setpriv")
         .args([&format!("--reuid={NOBODY}"), &format!("--regid={NOBODY}")])

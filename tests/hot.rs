@@ -65,6 +65,8 @@ fn put(daemon: &Daemon, executive: &mut Executive, table: &str, values: &[(&str,
     };
     let outcome = executive.mutate(&[mutation]).unwrap();
     daemon.wait_seq(outcome.seq.unwrap().get());
+    // Until then nothing is remembered as absent, and the announcing thread looks names up.
+    daemon.wait_status("it is announced", |s| s["behind"] == 0);
 }
 
 /// The requests that the daemon has served, by operation.

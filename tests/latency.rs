@@ -39,7 +39,7 @@ const READERS: usize = 8;
 /// Rows beside the one that changes, which the busy readers read.
 const ROWS: u64 = 200;
 /// Rounds that may be spoilt by what else runs on the machine, and one.
-const ROUNDS: u32 = 4;
+const ROUNDS: u32 = 6;
 /// What is promised.
 const P50: Duration = Duration::from_millis(5);
 const P99: Duration = Duration::from_millis(25);

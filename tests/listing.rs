@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, Place, wait_within};
+use common::daemon::{Daemon, EndOnDrop, Place, wait_within};
 use common::ledger::{Ledger, shown};
 
 /// Rows of the large table.
@@ -235,6 +235,7 @@ fn keys_are_listed_once_while_rows_change(daemon: &Daemon, place: &Place) {
     let stop = AtomicBool::new(false);
     let written = AtomicU64::new(0);
     thread::scope(|scope| {
+        let _end = EndOnDrop(&stop);
         let writer = scope.spawn(|| {
             write(
                 &Ledger::open(&place.ledger()),

@@ -175,14 +175,17 @@ fn a_put_is_seen_within_the_poll_interval() {
     assert_eq!(read(&daemon, "one/note").unwrap(), "it's \\ \"so\" é😀");
     assert_eq!(read(&daemon, "one/most").unwrap(), "0.25");
     assert_eq!(read(&daemon, "one/raw"), None);
-    let mut slowest = Duration::ZERO;
-    for number in ["1", "2", "3"] {
+    let mut delays = Vec::new();
+    for number in ["1", "2", "3", "4", "5", "6", "7"] {
         put(&origin, &["name=one", &format!("enabled={number}")]);
         let start = Instant::now();
         wait_for(&daemon, "one/enabled", number);
-        slowest = slowest.max(start.elapsed());
+        delays.push(start.elapsed());
     }
-    println!("visible at most {slowest:?} after the command ended, polling every 50 ms");
+    delays.sort();
+    println!("visible {delays:?} after the command ended, polling every 50 ms");
+    // Far below the interval that is the default.
+    assert!(delays[3] < Duration::from_millis(400));
     put(&origin, &["name=two", "note=new"]);
     wait_for(&daemon, "two/note", "new");
     ok(&run(&origin, &["delete", "app/flags", "name=two"]));

@@ -211,7 +211,9 @@ fn eight_processes_see_one_pinned_tree_under_full_write_load() {
     let mut statements = vec![FLAGS.to_owned()];
     statements.extend((0..ROWS).map(|i| flag(&format!("row{i:05}"), i, &format!("note {i}"))));
     ledger.append(&statements);
-    let daemon = Daemon::mount_within(Duration::from_secs(120), &place, &[]);
+    // However long the machine takes.
+    let bounds = ["--pin-max-age", "2h", "--pin-max-space", "64GiB"];
+    let daemon = Daemon::mount_within(Duration::from_secs(120), &place, &bounds);
     let done = AtomicBool::new(false);
     let (pinned, hash) = thread::scope(|scope| {
         let _end = EndOnDrop(&done);
@@ -386,7 +388,7 @@ fn a_pin_does_not_slow_commits() {
     );
     // Waiting for the pin would take 200 ms each time.
     assert!(
-        held < free * 3 + Duration::from_millis(20),
+        held < free * 3 + Duration::from_millis(100),
         "{held:?} {free:?}"
     );
     fs::remove_dir(&at).unwrap();

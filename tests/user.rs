@@ -17,7 +17,7 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
-use common::daemon::{Place, run, stderr, stdout};
+use common::daemon::{Place, copy_program, run, stderr, stdout};
 use common::ledger::Ledger;
 
 /// An id that no user of the host has.
@@ -64,7 +64,7 @@ impl Home {
         let home = Home(place);
         fs::set_permissions(home.directory(), fs::Permissions::from_mode(0o755)).unwrap();
         fs::create_dir_all(home.directory().join("home/ctl")).unwrap();
-        fs::copy(env!("CARGO_BIN_EXE_ctlfs"), home.directory().join("ctlfs")).unwrap();
+        copy_program(&home.directory().join("ctlfs"));
         drop(Ledger::create(&home.0));
         let document = home.directory().join("config.json");
         fs::write(&document, DOCUMENT).unwrap();

@@ -165,14 +165,18 @@ fn programs_of_others_see_every_change() {
     let home = tempfile::tempdir().unwrap();
     let watchers = watchers(&tree, home.path());
     let mut changed = Vec::new();
+    // For how long the machine kept us from doing something that was due.
+    let mut held_up = Duration::ZERO;
     let began = Instant::now();
     for change in 1..=CHANGES {
         // A pace, not a wait: changes come at fixed times.
         let due = began + PACE * u32::try_from(change).unwrap();
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        held_up = held_up.max(due.elapsed());
         tree.ledger.append(&[flag(change)]);
         changed.push(Instant::now());
     }
+    println!("the changes were up to {held_up:?} late themselves");
     let mut failed = Vec::new();
     for Watched {
         name,
@@ -189,7 +193,7 @@ fn programs_of_others_see_every_change() {
             Sees::Latest(before) => values(watcher, before, &changed),
         };
         println!("{name}: {missed} missed, {skipped} passed over, the latest after {latest:?}");
-        if missed > 0 || latest >= LATE {
+        if missed > 0 || latest >= LATE + 2 * held_up {
             failed.push(*name);
         }
     }
@@ -209,7 +213,7 @@ struct Seen {
 /// By the number of events.
 fn events(watcher: &Watcher, end: &str, changed: &[Instant]) -> Seen {
     let mut times = Vec::new();
-    let give_up = Instant::now() + 2 * LATE;
+    let give_up = Instant::now() + 10 * LATE;
     while times.len() < changed.len() && Instant::now() < give_up {
         let lines = watcher.rest().into_iter();
         times.extend(lines.filter(|(_, l)| l.ends_with(end)).map(|(t, _)| t));
@@ -227,7 +231,7 @@ fn events(watcher: &Watcher, end: &str, changed: &[Instant]) -> Seen {
 /// By the values that it shows: who shows a later one has noticed all before.
 fn values(watcher: &Watcher, before: &str, changed: &[Instant]) -> Seen {
     let mut seen = vec![None; changed.len() + 1];
-    let give_up = Instant::now() + 2 * LATE;
+    let give_up = Instant::now() + 10 * LATE;
     while seen.last().is_none_or(Option::is_none) && Instant::now() < give_up {
         for (time, line) in watcher.rest() {
             let value = line.strip_prefix(before);

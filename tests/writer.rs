@@ -312,7 +312,7 @@ fn concurrent_writers_append_whole_transactions_in_order() {
     on_both(|place| {
         with_flags(place);
         let start = place.entries().len();
-        let (writers, each) = (4_i64, 25_i64);
+        let (writers, each) = (4_i64, 10_i64);
         std::thread::scope(|scope| {
             for writer in 0..writers {
                 scope.spawn(move || {

@@ -13,13 +13,11 @@ pub(super) fn continues(position: &Position, entries: &mut Vec<Entry>) -> Result
     let at = position.seq;
     if at == Seq::ZERO {
         return match entries.first() {
-            Some(first) if first.seq > at.next() && !may_be_first(&first.statement) => {
-                Err(format!(
-                    "the beginning of the ledger was cut off: its first entry is {}, and that \
+            Some(first) if first.seq > at.next() && !may_be_first(entries) => Err(format!(
+                "the beginning of the ledger was cut off: its first entry is {}, and that \
                      does not create a table; start from a copy of an LDB that is further",
-                    first.seq
-                ))
-            }
+                first.seq
+            )),
             _ => Ok(()),
         };
     }
@@ -54,10 +52,20 @@ pub(super) fn continues(position: &Position, entries: &mut Vec<Entry>) -> Result
 
 /// Whether a ledger can begin like this: nothing else can come before the first table. Sequences
 /// alone do not tell, as a writer that fails uses one up.
-fn may_be_first(statement: &str) -> bool {
-    let mut words = statement.split_ascii_whitespace();
-    let mut next_is = |word: &str| words.next().is_some_and(|w| w.eq_ignore_ascii_case(word));
-    statement.trim() == BEGIN_MARKER || (next_is("CREATE") && next_is("TABLE"))
+fn may_be_first(entries: &[Entry]) -> bool {
+    let creates = |entry: &Entry| {
+        let mut words = entry.statement.split_ascii_whitespace();
+        let mut next_is = |word: &str| words.next().is_some_and(|w| w.eq_ignore_ascii_case(word));
+        next_is("CREATE") && next_is("TABLE")
+    };
+    let begins = |entry: &Entry| entry.statement.trim() == BEGIN_MARKER;
+    match entries {
+        [first, second, ..] if begins(first) => creates(second),
+        // What it begins with is not there yet.
+        [first] if begins(first) => true,
+        [first, ..] => creates(first),
+        [] => true,
+    }
 }
 
 /// What [`whole_transactions`] found at the head of a queue.
@@ -208,10 +216,14 @@ mod tests {
 
     #[test]
     fn a_ledger_without_its_beginning_is_refused() {
-        let check = |statement: &str| {
-            let mut entries = vec![entry(42, statement)];
+        let check_all = |statements: &[&str]| {
+            let mut entries: Vec<_> = (42..).zip(statements).map(|(i, s)| entry(i, s)).collect();
             continues(&Position::default(), &mut entries)
         };
+        let check = |statement: &str| check_all(&[statement]);
+        let create = "CREATE TABLE app___a (...)";
+        assert_eq!(check_all(&[BEGIN_MARKER, create]), Ok(()));
+        assert!(check_all(&[BEGIN_MARKER, "REPLACE INTO app___a"]).is_err());
         for first in [
             "--- BEGIN",
             "CREATE TABLE app___a (...)",

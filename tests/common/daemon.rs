@@ -54,12 +54,35 @@ pub fn ctlfs() -> Command {
     command
 }
 
-/// Runs the program to its end.
+/// Runs the program to its end; kills it when that does not come.
 pub fn run<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Output {
-    ctlfs()
+    let program = ctlfs();
+    let mut command = Command::new("timeout");
+    command
+        .args(["-s", "KILL", "120"])
+        .arg(program.get_program());
+    for (name, value) in program.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
         .args(args)
+        .stdin(Stdio::null())
         .output()
         .expect("the program can be started")
+}
+
+/// Copies the program, for users who may not enter its own directory. By another process: a child
+/// of this one that is just being started would hold the copy open for writing, and it could not be
+/// run.
+pub fn copy_program(to: &Path) {
+    let copied = Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_ctlfs"))
+        .arg(to)
+        .status();
+    assert!(copied.expect("cp can be run").success());
 }
 
 /// What a command printed on standard error.
@@ -270,9 +293,12 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It may have ended already.
+        // It may have ended already; if it cannot end, that is not waited for.
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        let end = Instant::now() + DEADLINE;
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         detach_all(&self.mountpoint);
     }
 }

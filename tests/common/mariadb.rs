@@ -94,9 +94,15 @@ impl TestDatabase {
              AND id <> CONNECTION_ID()",
             self.name
         )) {
-            if let Some(Some(id)) = id.first() {
-                run(&self.server, None, &format!("KILL {id}"));
-            }
+            let Some(Some(id)) = id.first() else { continue };
+            block_on(async {
+                let mut conn = connect(&self.server, None).await;
+                match conn.query_drop(format!("KILL {id}")).await {
+                    // There is none: it has ended by itself.
+                    Err(mysql_async::Error::Server(error)) if error.code == 1094 => {}
+                    killed => killed.unwrap(),
+                }
+            });
         }
     }
 
@@ -168,7 +174,16 @@ async fn connect(server: &Server, database: Option<&str>) -> Conn {
         .setup(vec![
             "SET SESSION sql_mode = 'NO_BACKSLASH_ESCAPES,ANSI_QUOTES'",
         ]);
-    Conn::new(opts).await.unwrap()
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        match Conn::new(opts.clone()).await {
+            // A server under load drops connections that it has not accepted yet.
+            Err(mysql_async::Error::Io(_)) if Instant::now() < end => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            made => return made.unwrap(),
+        }
+    }
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
@@ -358,6 +373,8 @@ impl PrivateServer {
         static TEMPLATE: OnceLock<tempfile::TempDir> = OnceLock::new();
         let template = TEMPLATE.get_or_init(|| {
             let directory = tempfile::tempdir().unwrap();
+            // What is static is never dropped.
+            watch(directory.path());
             install(directory.path());
             directory
         });

@@ -268,6 +268,8 @@ fn what_nobody_can_watch_costs_nothing() {
     tree.apply(&[flag("a", 2, "x")]);
     tree.apply(&[flag("b", 2, "x")]);
     announced(0);
+    tree.daemon
+        .wait_status("that is over", |s| s["behind"] == 0);
     // Whoever knows the table can watch it.
     assert!(tree.path("app/flags").exists());
     tree.apply(&[flag("a", 3, "x")]);

