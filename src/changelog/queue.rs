@@ -154,7 +154,8 @@ mod tests {
             }
             taken
         });
-        let jobs = 0..50 * ROOM;
+        // Not so many that a busy machine uses the patience up.
+        let jobs = 0..3 * ROOM;
         assert!(jobs.clone().all(|job| giver.give(job)));
         drop(giver);
         assert_eq!(

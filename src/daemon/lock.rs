@@ -161,9 +161,9 @@ fn check_directory(path: &Path) -> Result<(), LockError> {
     if !shared {
         return make_private(path, path, 0o700);
     }
-    let mode = fs::metadata(path).map_err(unusable)?.mode();
-    if mode & 0o022 == 0 {
-        return check_owner(path, path);
+    let metadata = fs::metadata(path).map_err(unusable)?;
+    if metadata.mode() & 0o022 == 0 {
+        return check_owner(path, path, &metadata);
     }
     Err(LockError::Exposed {
         path: path.to_owned(),
@@ -186,21 +186,20 @@ fn make_private(path: &Path, file: &Path, mode: u32) -> Result<(), LockError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(unusable(error)),
     };
-    check_owner(path, file)?;
+    check_owner(path, file, &metadata)?;
     if metadata.mode() & 0o077 == 0 {
         return Ok(());
     }
-    fs::set_permissions(file, fs::Permissions::from_mode(mode)).map_err(unusable)
+    match fs::set_permissions(file, fs::Permissions::from_mode(mode)) {
+        // Whoever closes a database last takes its log away.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        set => set.map_err(unusable),
+    }
 }
 
 /// Refuses what another user owns and so can open to anybody.
-fn check_owner(path: &Path, file: &Path) -> Result<(), LockError> {
-    let owner = fs::metadata(file)
-        .map_err(|reason| LockError::Unusable {
-            path: path.to_owned(),
-            reason,
-        })?
-        .uid();
+fn check_owner(path: &Path, file: &Path, metadata: &fs::Metadata) -> Result<(), LockError> {
+    let owner = metadata.uid();
     // SAFETY: geteuid has no preconditions and cannot fail.
     let own = unsafe { libc::geteuid() };
     if owner == own {

@@ -154,6 +154,7 @@ pub(crate) fn run(
             live.serve(&events)
         }
     };
+    let session_over = matches!(ended, Event::Unmounted(_));
     let result = match ended {
         Event::Signal(signal) => {
             tracing::info!("{}: unmounting", signals::name(signal));
@@ -166,7 +167,7 @@ pub(crate) fn run(
         Event::Unmounted(Err(reason)) => Err(Error::Session(reason)),
         Event::ReflectorEnded => Ok(()),
     };
-    live.end(&events);
+    live.end(&events, session_over);
     tracing::info!("ended");
     result
 }
@@ -425,7 +426,10 @@ impl Live {
 
     /// Stops the reflector and unmounts. Readers that hold files open do not delay it: the mount
     /// leaves the tree at once, and their files answer as long as this process lives.
-    fn end(mut self, events: &Receiver<Event>) {
+    fn end(mut self, events: &Receiver<Event>, session_over: bool) {
+        // Unless its connection was broken off, it has been unmounted; and then the kernel may have
+        // given its numbers to another mount.
+        self.mounted &= !session_over || mountpoint::is_stale(&self.path);
         if let Some(reflector) = &self.reflector {
             reflector.stop();
         }

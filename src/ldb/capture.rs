@@ -431,8 +431,9 @@ impl Rows {
         Overflow::new(self.fates(), self.last())
     }
 
-    /// The last entry that changed something, also if later ones have undone it: the journal tells
-    /// of it, and where entries are applied one by one it is the table's last change as well.
+    /// The last entry that changed something, also if it was undone again: the journal tells of what
+    /// one transaction did and another undid, and where transactions are applied one by one, both
+    /// are changes of the table.
     fn last(&self) -> Option<Stamp> {
         self.rows.values().filter_map(|row| row.stamp).max()
     }

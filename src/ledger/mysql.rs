@@ -141,7 +141,7 @@ impl Origin for MySqlOrigin {
         let answer = self.read(async |conn| read_entries(conn, &sql, limit).await);
         if answer.is_err() {
             // Should it have taken too long, the next one takes less.
-            self.limit = FIRST_LIMIT;
+            self.limit = self.limit.min(FIRST_LIMIT);
         }
         let answer = answer?;
         if answer.unread {

@@ -22,6 +22,8 @@ use crate::status::{Delays, Problem, ProblemKind, StatusBoard};
 const PATIENCE: u32 = 3;
 /// With no more than so many entries to be applied, each ledger transaction is committed by itself.
 const LIVE_ENTRIES: usize = 64;
+/// The pause in a ledger that is not in order, when new entries come.
+const AFTER_DISORDER: Duration = Duration::from_secs(1);
 /// The shortest pause after a failure, whoever wakes meanwhile.
 const AFTER_FAILURE: Duration = Duration::from_millis(100);
 /// How many gaps are looked at in one idle poll, and how many sequences they may span.
@@ -526,17 +528,22 @@ impl Reflector {
 }
 
 /// Waits after a failure: for all of `pause`, or less if what is announced may be what helps. New
-/// entries do not help against one that cannot be applied, nor against a ledger that is not in order.
+/// entries do not help against one that cannot be applied, and seldom against a ledger that is not
+/// in order: fetching it again with each of them would be a load on its server.
 fn wait_after(kind: ProblemKind, pause: Duration, stop: &StopHandle, pace: &mut Pace) {
-    let until = Instant::now() + pause;
+    let began = Instant::now();
+    let mut until = began + pause;
     stop.wait_stopped(pause.min(AFTER_FAILURE));
     loop {
         let wakes = stop.take_wakes();
         pace.note(wakes, Instant::now());
         let helps = match kind {
-            ProblemKind::Origin => wakes.known.is_some() || wakes.unknown,
+            ProblemKind::Origin => wakes.any(),
             ProblemKind::Ledger | ProblemKind::Statement | ProblemKind::Storage => wakes.unknown,
         };
+        if kind == ProblemKind::Ledger && wakes.known.is_some() {
+            until = until.min(began + AFTER_DISORDER);
+        }
         let left = until.saturating_duration_since(Instant::now());
         if helps || left.is_zero() || stop.wait_timeout(left) {
             return;

@@ -95,8 +95,9 @@ fn umount_works_while_changes_are_announced() {
 fn what_is_mounted_in_its_place_stays() {
     let place = place();
     let path = CString::new(place.mountpoint().as_os_str().as_bytes()).unwrap();
-    for _ in 0..5 {
-        let mut daemon = Daemon::mount(&place, &[]);
+    for round in 0..6 {
+        let extra = ["--announce", ["auto", "off"][round % 2]];
+        let mut daemon = Daemon::mount(&place, &extra);
         unmount(&path);
         // The kernel gives the new mount the number that has just become free.
         // SAFETY: the strings end in a NUL, and a tmpfs takes no data.
