@@ -42,23 +42,35 @@ pub(super) fn read<E: From<rusqlite::Error>>(
         }
         if told.all {
             let mut result = Ok(());
-            let key: Vec<usize> = table.schema.key().to_vec();
-            reader.scan(
-                table,
-                |_| true,
-                |values| {
-                    let key: Vec<_> = key
-                        .iter()
-                        .filter_map(|index| values.get(*index).cloned())
-                        .collect();
-                    result = take(Missed::Row(&Line::new(table, &key)));
-                    result.is_ok()
-                },
-            )?;
+            each_row(reader, table, |line| {
+                result = take(Missed::Row(&line));
+                result.is_ok()
+            })?;
             result?;
         }
     }
     Ok(found.seq)
+}
+
+/// Hands `take` the line of every row that there is, until it returns false.
+pub(super) fn each_row(
+    reader: &mut Reader,
+    table: &Table,
+    mut take: impl FnMut(Line) -> bool,
+) -> rusqlite::Result<()> {
+    let key = table.schema.key();
+    reader.scan(
+        table,
+        |_| true,
+        |values| {
+            let key: Vec<_> = key
+                .iter()
+                .filter_map(|index| values.get(*index).cloned())
+                .collect();
+            take(Line::new(table, &key))
+        },
+    )?;
+    Ok(())
 }
 
 /// What a table's journal tells.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
+use super::catch_up::each_row;
 use super::line::Line;
 use super::queue::{Giver, queue};
 use super::writer::{Job, Writer};
@@ -111,26 +112,6 @@ impl Observer {
     fn table(&self, name: &TableRef) -> Option<Arc<Table>> {
         self.catalog.get(name).cloned()
     }
-}
-
-fn each_row(
-    reader: &mut Reader,
-    table: &Table,
-    mut take: impl FnMut(Line) -> bool,
-) -> rusqlite::Result<()> {
-    let key = table.schema.key();
-    reader.scan(
-        table,
-        |_| true,
-        |values| {
-            let key: Vec<_> = key
-                .iter()
-                .filter_map(|index| values.get(*index).cloned())
-                .collect();
-            take(Line::new(table, &key))
-        },
-    )?;
-    Ok(())
 }
 
 impl CommitObserver for Observer {
