@@ -242,6 +242,39 @@ fn whoever_sees_the_commit_first_completes_the_flip() {
 }
 
 #[test]
+fn whoever_lists_the_commit_completes_the_flip() {
+    let mut world = World::new(&[TABLE, ROW]);
+    let (table, _) = world.walk("app/flags").unwrap();
+    // The row is in the cache of rows.
+    let (old, _) = world.walk("app/flags/a/note").unwrap();
+    let recorder = Recorder {
+        notes: world.sender.clone(),
+        hook: Mutex::new(None),
+    };
+    let mut flipper = Flipper::new(Arc::clone(&world.server), recorder, Arc::default());
+    let added = r#"REPLACE INTO app___flags ("name","on","note") VALUES('b',1,'new')"#;
+    let changes = prepare(
+        &mut world.writer,
+        &mut world.seq,
+        &[NEXT, added],
+        &mut flipper,
+        true,
+    );
+    let handle = world.server.open_directory(table.ino).unwrap();
+    let mut names = Vec::new();
+    let mut add = |_, _, _, name: &[u8]| {
+        names.push(String::from_utf8(name.to_vec()).unwrap());
+        true
+    };
+    world.server.list(handle, 0, &mut add).unwrap();
+    assert!(names.contains(&"b".to_owned()), "{names:?}");
+    let (new, _) = world.walk("app/flags/a/note").unwrap();
+    assert_ne!(new.ino, old.ino);
+    assert_eq!(world.read(new.ino), "newer");
+    flipper.after_commit(&changes);
+}
+
+#[test]
 fn a_commit_that_fails_leaves_everything_as_it_was() {
     let mut world = World::new(&[TABLE, ROW]);
     let (old, _) = world.walk("app/flags/a/note").unwrap();
